@@ -1,0 +1,14 @@
+"""MinimalLlama: a whole modern Llama stack, small enough to read, fast enough to use.
+
+>>> from minllama import MinimalLlama, LlamaConfig, Tokenizer, generate, stream
+"""
+
+from minllama.architecture import (
+    LlamaConfig,
+    MinimalLlama,
+    Tokenizer,
+    generate,
+    stream,
+)
+
+__all__ = ["LlamaConfig", "MinimalLlama", "Tokenizer", "generate", "stream"]
