@@ -1,0 +1,1 @@
+"""Chapters joined: one file a job, the bodies of the `minllama` command."""
