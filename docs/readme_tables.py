@@ -1,0 +1,116 @@
+"""The tables of README.md, from what exists and what was measured.
+
+python docs/readme_tables.py            writes them
+python docs/readme_tables.py --check    exits 1 if they are not up to date
+"""
+
+import csv
+import re
+import sys
+from pathlib import Path
+
+from book import CHAPTERS, ROOT, Chapter
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def code_lines(folder: Path) -> int:
+    """Lines of Python that are neither blank nor comment nor docstring."""
+    total = 0
+    for file in folder.glob("*.py"):
+        text = re.sub(r'"""(?:.|\n)*?"""', "", file.read_text())
+        lines = (line.strip() for line in text.splitlines())
+        total += sum(1 for line in lines if line and not line.startswith("#"))
+    return total
+
+
+def chapter_row(chapter: Chapter) -> str:
+    """One line of the chapter table; a chapter that is not there yet says so."""
+    bold = "**" if chapter.number <= 3 else ""
+    package = ROOT / "minllama" / chapter.name
+    if not package.exists():
+        return f"| {chapter.number} | {bold}{chapter.title}{bold} | | | coming |"
+    books = sorted(ROOT.glob(f"chapters/{chapter.number:02d}*_{chapter.name}*.ipynb"))
+    notebooks = " ".join(
+        f"[{book.stem.split('_')[0]}](chapters/{book.name})" for book in books
+    )
+    links = f"[page]({chapter.page}) · notebook {notebooks}"
+    title = f"[{bold}{chapter.title}{bold}](minllama/{chapter.name})"
+    lines = f"{code_lines(package):,}"
+    return f"| {chapter.number} | {title} | {lines} | {links} | {chapter.promise} |"
+
+
+def chapter_table() -> str:
+    """All twelve chapters."""
+    head = "| | part | lines of code | read | its promise |\n|---|---|---|---|---|\n"
+    return head + "\n".join(chapter_row(chapter) for chapter in CHAPTERS)
+
+
+def read(name: str) -> list[dict]:
+    """Rows of a CSV in benchmarks/results; none if it is not there."""
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def number_table() -> str:
+    """What was measured, and against whom."""
+    rows = []
+    for device in ("cuda", "cpu"):
+        found = {row["library"]: row for row in read(f"architecture_decode_{device}")}
+        if not found:
+            continue
+        ours, theirs = found["minllama"], found["transformers"]
+        what = (
+            f"decoding `{ours['model']}`, batch {ours['batch']}, eager {ours['dtype']}"
+        )
+        rows.append(
+            f"| {what} | {float(ours['tokens_per_s']):.0f} tokens/s | transformers "
+            f"{float(theirs['tokens_per_s']):.0f} | {ours['machine']} |"
+        )
+        graph = next((row for name, row in found.items() if "captured" in name), None)
+        if graph:
+            speed = float(graph["tokens_per_s"])
+            rows.append(
+                f"| the same step, captured in a CUDA graph | {speed:.0f} tokens/s | | "
+                f"{ours['machine']} |"
+            )
+    for row in read("stories"):
+        if row["text"].startswith("tinystories"):
+            rows.append(
+                f"| `{row['model']}`, {int(row['parameters']):,} parameters, on "
+                f"{row['text']} | {float(row['bits_per_byte']):.3f} bits per byte | | |"
+            )
+    head = "| what | ours | peer | machine |\n|---|---|---|---|\n"
+    return head + "\n".join(rows)
+
+
+def replace_part(text: str, name: str, content: str) -> str:
+    """The text with what stands between two marks made anew."""
+    start = text.index("-->\n", text.index(f"<!-- {name}: begin")) + len("-->\n")
+    end = text.index(f"<!-- {name}: end -->")
+    return f"{text[:start]}{content}\n{text[end:]}"
+
+
+def fill(text: str) -> str:
+    """The README with its generated parts made anew."""
+    text = replace_part(text, "chapters", chapter_table())
+    return replace_part(text, "numbers", number_table())
+
+
+def main() -> int:
+    path = ROOT / "README.md"
+    old = path.read_text()
+    new = fill(old)
+    if "--check" in sys.argv:
+        if new != old:
+            print("README.md is out of date: run python docs/readme_tables.py")
+        return int(new != old)
+    path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
