@@ -15,6 +15,8 @@ examples
   minllama generate "Once" --model runs/mine
   minllama evaluate --model stories-mini some_text.txt
   minllama info llama-3.2-1b
+  minllama memory llama-3.2-1b --dtype int4 --batch-size 4 --bandwidth 4608
+  minllama memory llama-3.1-8b --training --checkpointing --seq-len 8192
 
 A model is a shipped name (stories, stories-mini) or a folder: of Hugging Face, of Meta,
 or one that `minllama train` wrote.
@@ -86,6 +88,14 @@ def info(options: argparse.Namespace) -> None:
     print(describe(options.name))
 
 
+def memory(options: argparse.Namespace) -> None:
+    """Predict bytes and FLOPs of generation or training."""
+    from minllama.recipes.memory import MemoryOptions, report
+
+    named = {f.name: getattr(options, f.name) for f in fields(MemoryOptions)}
+    print(report(MemoryOptions(**named)))
+
+
 def convert(options: argparse.Namespace) -> int:
     """Rewrite a model in another format or precision."""
     from minllama.recipes.convert import convert
@@ -104,6 +114,9 @@ def verify(options: argparse.Namespace) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """All commands and their flags."""
+    from minllama.recipes.memory import MemoryOptions
+    from minllama.recipes.train import TrainOptions
+
     parser = argparse.ArgumentParser(
         prog="minllama",
         description="A whole modern Llama stack, small enough to read.",
@@ -125,12 +138,13 @@ def make_parser() -> argparse.ArgumentParser:
 
     _add_generate(command(generate))
     _add_chat(command(chat))
-    _add_train(command(train))
+    _add_fields(command(train), TrainOptions)
     sub = command(evaluate)
     sub.add_argument("file", help="a UTF-8 text, <|endoftext|> between documents")
     _add_model(sub)
     sub = command(info)
     sub.add_argument("name", nargs="?", help="registered name, shipped name, or folder")
+    _add_fields(command(memory), MemoryOptions)
     sub = command(convert)
     sub.add_argument("source", help="whatever --model takes elsewhere")
     sub.add_argument("target", help="a new folder")
@@ -180,21 +194,20 @@ def _add_sampling(sub: argparse.ArgumentParser) -> None:
     flag("--seed", type=int, help="the same seed gives the same text")
 
 
-def _add_train(sub: argparse.ArgumentParser) -> None:
-    """A flag for each field of TrainOptions; its docstring holds the help."""
-    from minllama.recipes.train import TrainOptions
-
-    described = dict(
-        re.findall(r"^ {8}(\w+): (.*?)$", TrainOptions.__doc__ or "", re.M)
-    )
-    hints = get_type_hints(TrainOptions)
-    for field in fields(TrainOptions):
+def _add_fields(sub: argparse.ArgumentParser, options: type) -> None:
+    """A flag for each field of a dataclass; its docstring holds the help."""
+    described = dict(re.findall(r"^ {8}(\w+): (.*?)$", options.__doc__ or "", re.M))
+    hints = get_type_hints(options)
+    for field in fields(options):
         kind = next(
             (t for t in get_args(hints[field.name]) if t is not type(None)), None
         )
         kind = kind or hints[field.name]
         name = "--" + field.name.replace("_", "-")
         words = described.get(field.name, "")
+        if field.name == "name":  # the one that needs no flag
+            sub.add_argument("name", help=words)
+            continue
         if kind is bool:
             sub.add_argument(name, action="store_true", help=words)
             continue
