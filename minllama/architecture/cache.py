@@ -119,7 +119,8 @@ class StaticCaches(Caches):
         self, layers: list, batch_size: int, max_seq_len: int, device: torch.device
     ) -> None:
         super().__init__(layers, batch_size, max_seq_len, device)
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+        with torch.inference_mode(False):  # so that any later call may count on
+            self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
 
     def reserve(self, T: int) -> Layout:
         """Places for T more tokens behind each row's own end.

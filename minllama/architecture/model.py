@@ -249,8 +249,8 @@ class MinimalLlama(nn.Module):
             embeds: (B, T, D) in place of `embed(tokens)`.
 
         Raises:
-            ValueError: no (B, T) or (B, T, D), another batch size than the caches', or
-                more tokens than they hold.
+            ValueError: no (B, T) or (B, T, D), another batch size than the caches', a
+                layout of other tokens, or more tokens than the caches hold.
         """
         new = tokens if embeds is None else embeds  # T from here: x may be sharded
         if new is None or new.dim() != (2 if embeds is None else 3):
@@ -268,6 +268,12 @@ class MinimalLlama(nn.Module):
                 f"{caches.batch_size}; make new_caches with that of the tokens."
             )
         layout = layout or caches.reserve(new.size(1))
+        places, (B, T) = tuple(layout.positions.shape), new.shape[:2]
+        if places not in ((B, T), (1, T)):  # would be broadcast, over heads even
+            raise ValueError(
+                f"layout.positions of shape {places} do not fit tokens of shape "
+                f"{(B, T)}; give (B, T), or (1, T) for all rows."
+            )
         layout = replace(layout, rotation=self.rope(layout.positions))
         for layer, cache in zip(self.layers, caches.layers, strict=True):
             x = layer(x, layout, cache)
