@@ -3,12 +3,7 @@
 >>> from minllama import MinimalLlama, LlamaConfig, Tokenizer, generate, stream
 """
 
-from minllama.architecture import (
-    LlamaConfig,
-    MinimalLlama,
-    Tokenizer,
-    generate,
-    stream,
-)
+from minllama.architecture import LlamaConfig, MinimalLlama, Tokenizer, stream
+from minllama.architecture.generate import generate
 
 __all__ = ["LlamaConfig", "MinimalLlama", "Tokenizer", "generate", "stream"]

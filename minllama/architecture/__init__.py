@@ -2,7 +2,8 @@
 
 Reading order: config, rope, layout, cache, model, generate; then families (the seams
 in use) and surgery (the one tool of the chapters). The rest is what surrounds a model:
-tokenizer and weights, data and train, evaluate and accounting.
+tokenizer and weights, data and train, evaluate and accounting. The functions `generate`
+and `train` are taken from the modules of these names.
 """
 
 from minllama.architecture.cache import (
@@ -14,7 +15,7 @@ from minllama.architecture.cache import (
 from minllama.architecture.config import LlamaConfig
 from minllama.architecture.evaluate import score_documents
 from minllama.architecture.families import Mistral, Qwen2, Qwen3
-from minllama.architecture.generate import Sampling, decode, generate, stream
+from minllama.architecture.generate import Sampling, decode, stream
 from minllama.architecture.layout import Layout, packed
 from minllama.architecture.model import (
     Attention,
@@ -27,7 +28,7 @@ from minllama.architecture.model import (
 from minllama.architecture.rope import Rope, Rotation
 from minllama.architecture.surgery import replace_modules
 from minllama.architecture.tokenizer import Tokenizer
-from minllama.architecture.train import Run, next_token_loss, train
+from minllama.architecture.train import Run, next_token_loss
 
 __all__ = [
     "Attention",
@@ -51,11 +52,9 @@ __all__ = [
     "StaticCaches",
     "Tokenizer",
     "decode",
-    "generate",
     "next_token_loss",
     "packed",
     "replace_modules",
     "score_documents",
     "stream",
-    "train",
 ]

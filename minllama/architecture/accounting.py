@@ -11,6 +11,7 @@ is told by `accounting_training` (kept for the backward pass) and `accounting_pe
 """
 
 import math
+import time
 from dataclasses import dataclass
 
 import torch
@@ -257,3 +258,17 @@ def peak_flops(device: torch.device | str) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((rate for key, rate in PEAK_FLOPS.items() if key in name), None)
+
+
+def matmul_rate(
+    device: torch.device | str, dtype: torch.dtype = torch.float32, size: int = 1024
+) -> float:
+    """What this machine's matrix products reach, FLOP/s, measured in about 0.1 s."""
+    own = torch.Generator(device).manual_seed(0)  # a resumed run draws as before
+    a = torch.randn(size, size, device=device, dtype=dtype, generator=own)
+    best, until = math.inf, time.perf_counter() + 0.1
+    while best == math.inf or time.perf_counter() < until:
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

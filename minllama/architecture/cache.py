@@ -19,8 +19,8 @@ from minllama.architecture.layout import Layout
 class KVCache:
     """Keys and values of one layer, (B, max_seq_len, K, d), allocated once.
 
-    In-place writes: no gradient flows through it. To train through a cache, use
-    `GrowingKVCache`.
+    It is written in place, which autograd refuses on a CPU and does not promise
+    elsewhere. To train through a cache, use `GrowingKVCache`.
     """
 
     def __init__(self, batch_size: int, max_seq_len: int) -> None:

@@ -9,7 +9,7 @@ Sources: the `config.json` beside the weights of each model on Hugging Face; for
 Qwen2.5 that of the base models, whose instructed twins differ in eps and max_seq_len.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 ROPE_TYPES = ("llama3",)  # what the hub can scale; more kinds come with long_context
 
@@ -51,7 +51,7 @@ class LlamaConfig:
     ffn_dim: int = None  # type: ignore[assignment]
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None
+    rope_scaling: dict | None = field(default=None, hash=False)
     max_seq_len: int = 2048
     tie_embeddings: bool = False
     sliding_window: int | None = None
@@ -76,8 +76,11 @@ class LlamaConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
             _require_positive(name, getattr(self, name))
-        object.__setattr__(self, "eos_ids", tuple(self.eos_ids))
+        ends = (self.eos_ids,) if isinstance(self.eos_ids, int) else self.eos_ids
+        object.__setattr__(self, "eos_ids", tuple(ends or ()))
         self._check_rules()
+        if self.rope_scaling is not None:  # a copy, so that no config changes another
+            object.__setattr__(self, "rope_scaling", dict(self.rope_scaling))
 
     def _check_rules(self) -> None:
         if self.n_heads % self.n_kv_heads:
@@ -121,11 +124,13 @@ class LlamaConfig:
             raise ValueError(
                 f"no config is named {name!r}. Names: {', '.join(sorted(REGISTRY))}."
             )
-        return REGISTRY[name]
+        return replace(REGISTRY[name])
 
     def to_dict(self) -> dict:
         """Fields and values, as `LlamaConfig(**…)` takes them."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        scaling = self.rope_scaling
+        return {**values, "rope_scaling": None if scaling is None else dict(scaling)}
 
 
 def _require_positive(name: str, value) -> None:
@@ -141,6 +146,11 @@ def check_rope_scaling(scaling: dict | None) -> None:
     """
     if scaling is None:
         return
+    if not isinstance(scaling, dict):
+        raise ValueError(
+            f"rope_scaling={scaling!r} must be None or a dict with a rope_type, as "
+            "llama3_scaling(8.0) gives it."
+        )
     kind = scaling.get("rope_type")
     if kind not in ROPE_TYPES:
         raise ValueError(

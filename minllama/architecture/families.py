@@ -84,6 +84,7 @@ class Mistral(MinimalLlama):
 
     block_class = MistralBlock
     model_type = "mistral"
+    has_window = True
 
 
 FAMILIES: dict[str, type[MinimalLlama]] = {

@@ -14,7 +14,11 @@ from typing import TextIO
 
 import torch
 
-from minllama.architecture.accounting import peak_flops, training_flops
+from minllama.architecture.accounting import (
+    matmul_rate,
+    peak_flops,
+    training_flops,
+)
 from minllama.architecture.config import LlamaConfig
 from minllama.architecture.train import Run
 
@@ -22,11 +26,15 @@ from minllama.architecture.train import Run
 class Progress:
     """A line now and then: loss, rate, tokens/s, share of the peak (MFU), time left.
 
+    The peak is the datasheet's bf16 rate where the GPU is known, else what this
+    machine's matrix products reach in a short measurement.
+
     Args:
         config: of the model, for its FLOPs.
         seq_len: tokens of a row.
         every: seconds between lines.
         world: processes that train together; tokens/s counts all of them.
+        dtype: of the matrix products that are measured; None: the weights'.
         out: where lines go.
     """
 
@@ -36,6 +44,7 @@ class Progress:
         seq_len: int,
         every: float = 5.0,
         world: int = 1,
+        dtype: torch.dtype | None = None,
         out: TextIO | None = None,
     ) -> None:
         self.flops, self.every, self.world = (
@@ -43,10 +52,17 @@ class Progress:
             every,
             world,
         )
-        self.out = out or sys.stdout
+        self.dtype, self.out = dtype, out or sys.stdout
+        self.peak: float | None = None
         self.since: tuple[float, int, int] | None = None  # seconds, step, tokens
 
     def __call__(self, run: Run) -> None:
+        if self.peak is None:
+            weight = next(run.model.parameters())
+            measured = self.dtype or weight.dtype
+            self.peak = peak_flops(weight.device) or matmul_rate(
+                weight.device, measured
+            )
         now = time.perf_counter()
         if self.since is None:  # the first step compiles and warms up: not counted
             self.since = (now, run.step, run.tokens)
@@ -62,11 +78,9 @@ class Progress:
             f"loss {run.loss:.3f}",
             f"lr {run.lr:.1e}",
             f"{rate:,.0f} tokens/s",
+            f"MFU {rate * self.flops / (self.world * self.peak):.1%}",
             f"{left // 60:.0f}:{left % 60:02.0f} left",
         ]
-        peak = peak_flops(next(run.model.parameters()).device)
-        if peak is not None:
-            words.insert(4, f"MFU {rate * self.flops / (self.world * peak):.1%}")
         print(" · ".join(words), file=self.out, flush=True)
         self.since = (now, run.step, run.tokens)
 

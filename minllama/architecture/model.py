@@ -147,6 +147,28 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def check_layout(layout: Layout, new: Tensor, caches: Caches) -> None:
+    """Refuse a layout that was made for other tokens than the new (B, T).
+
+    Raises:
+        ValueError: positions of another shape, or a triangle that the caches did not
+            reserve: it would overwrite what stands there.
+    """
+    places, (B, T) = tuple(layout.positions.shape), new.shape[:2]
+    if places not in ((B, T), (1, T)):  # would be broadcast, over heads even
+        raise ValueError(
+            f"layout.positions of shape {places} do not fit tokens of shape {(B, T)}; "
+            "give (B, T), or (1, T) for all rows."
+        )
+    kept = any(layer is not None for layer in caches.layers)
+    if kept and layout.is_triangle and layout.start + T != caches.length:
+        raise ValueError(
+            f"layout.start={layout.start} and {T} tokens do not end at the caches' "
+            f"length={caches.length}; take the layout from caches.reserve({T}) and "
+            "replace its positions."
+        )
+
+
 class MinimalLlama(nn.Module):
     """Tokens (B, T) -> logits (B, T, V). Holds weights, and no other state.
 
@@ -160,6 +182,7 @@ class MinimalLlama(nn.Module):
 
     block_class: type[Block] = Block
     model_type = "llama"
+    has_window = False  # True in a class that builds config.sliding_window
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -169,7 +192,7 @@ class MinimalLlama(nn.Module):
                 f"{type(self).__name__} builds ({self.model_type!r}); use "
                 "MinimalLlama.from_config(config), which picks the class."
             )
-        if config.sliding_window is not None and self.model_type != "mistral":
+        if config.sliding_window is not None and not self.has_window:
             raise ValueError(
                 f"sliding_window={config.sliding_window} is built by Mistral, not by "
                 f"{type(self).__name__}; set it to None and use the chapter "
@@ -226,7 +249,7 @@ class MinimalLlama(nn.Module):
             layer.new_cache(batch_size, max_seq_len)  # type: ignore[operator]
             for layer in self.layers
         ]
-        device = self.embed_tokens.weight.device
+        device = next(self.parameters()).device
         return kind(layers, batch_size, max_seq_len, device)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -267,13 +290,10 @@ class MinimalLlama(nn.Module):
                 f"{new.size(0)} rows do not fit caches of batch_size="
                 f"{caches.batch_size}; make new_caches with that of the tokens."
             )
-        layout = layout or caches.reserve(new.size(1))
-        places, (B, T) = tuple(layout.positions.shape), new.shape[:2]
-        if places not in ((B, T), (1, T)):  # would be broadcast, over heads even
-            raise ValueError(
-                f"layout.positions of shape {places} do not fit tokens of shape "
-                f"{(B, T)}; give (B, T), or (1, T) for all rows."
-            )
+        if layout is None:
+            layout = caches.reserve(new.size(1))
+        else:
+            check_layout(layout, new, caches)
         layout = replace(layout, rotation=self.rope(layout.positions))
         for layer, cache in zip(self.layers, caches.layers, strict=True):
             x = layer(x, layout, cache)

@@ -71,11 +71,13 @@ class Rope(nn.Module):
         return 1.0 / self.theta ** (even / self.head_dim)
 
     def forward(self, positions: Tensor) -> Rotation:
-        angle = positions[..., None, None] * self.speeds(positions)  # (B, T, 1, d/2)
+        speed = self.speeds(positions)  # (d/2,)
+        both = torch.cat([-speed, speed])  # (d,): cos is even, sin takes the sign
+        angle = positions[..., None, None] * both  # (B, T, 1, d)
         cos, sin = angle.cos(), angle.sin()
         if self.amplitude != 1.0:
             cos, sin = cos * self.amplitude, sin * self.amplitude
-        return Rotation(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
+        return Rotation(cos, sin)
 
 
 class Llama3Rope(Rope):

@@ -22,16 +22,28 @@ def replace_modules(
         SiLU()
 
     Raises:
-        ValueError: nothing matched, which is nearly always a misspelled name.
+        ValueError: nothing matched, which is nearly always a misspelled name; or a
+            module and another inside it.
     """
-    names = [
-        name for name, module in model.named_modules() if name and match(name, module)
-    ]
-    if not names:
+    found = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name and match(name, module)
+    }
+    if not found:
         leaves = {name.split(".")[-1] for name, _ in model.named_modules() if name}
         raise ValueError(
             f"no module matched. Names in this model: {', '.join(sorted(leaves))}."
         )
-    for name in names:
-        model.set_submodule(name, make(model.get_submodule(name)))
+    for name in found:
+        inside = next((other for other in found if other.startswith(f"{name}.")), None)
+        if inside is not None:
+            raise ValueError(
+                f"{name} matches, and so does {inside} inside it; match one of the two."
+            )
+    made: dict[nn.Module, nn.Module] = {}  # a module of two names stays one module
+    for name, module in found.items():
+        if module not in made:
+            made[module] = make(module)
+        model.set_submodule(name, made[module])
     return model

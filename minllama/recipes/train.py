@@ -171,6 +171,7 @@ def run_training(options: TrainOptions) -> Run:
     if options.compile:
         for layer in model.layers:
             layer.compile()
+    autocast = torch.bfloat16 if options.bf16 else None
     train(
         model,
         optimizer,
@@ -178,9 +179,9 @@ def run_training(options: TrainOptions) -> Run:
         steps,
         schedule=warmup_cosine(steps, min(options.warmup, steps), floor=0.0),
         accumulate=options.accumulate,
-        autocast=torch.bfloat16 if options.bf16 else None,
+        autocast=autocast,
         hooks=(
-            Progress(model.config, options.seq_len),
+            Progress(model.config, options.seq_len, dtype=autocast),
             Curve(out),
             every(options.save_every, lambda run: save_training_state(run, state)),
         ),

@@ -289,3 +289,20 @@ def test_no_scaling_needs_no_check():
 def test_a_misspelled_field_is_no_field():
     with pytest.raises(TypeError, match="n_head"):
         tiny_config(n_head=4)
+
+
+def test_changing_a_scaling_changes_no_other_config():
+    config = LlamaConfig.from_name("llama-3.1-8b")
+    config.rope_scaling["factor"] = 4.0
+    config.to_dict()["rope_scaling"]["factor"] = 5.0
+    assert LlamaConfig.from_name("llama-3.1-8b").rope_scaling["factor"] == 8.0
+    assert config.rope_scaling["factor"] == 4.0 and hash(config) is not None
+
+
+def test_a_single_end_id_is_taken_as_one():
+    assert tiny_config(eos_ids=2).eos_ids == (2,)
+
+
+def test_a_scaling_that_is_no_dict_is_refused():
+    with pytest.raises(ValueError, match="rope_scaling=8.0 must be None or a dict"):
+        tiny_config(rope_scaling=8.0)

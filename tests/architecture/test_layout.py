@@ -181,3 +181,16 @@ def test_a_layout_may_be_used_again(any_model):
         again = any_model(tokens, layout=layout)
     assert torch.equal(first, again) and not torch.equal(first, changed)
     assert layout.rotation is None
+
+
+def test_a_triangle_that_the_caches_did_not_reserve_is_refused():
+    model, tokens = make_model("llama"), random_tokens(1, 3)
+    caches = model.new_caches(1, 8)
+    by_hand = Layout(positions=torch.arange(3, device=tokens.device)[None])
+    with pytest.raises(ValueError, match="layout.start=0 and 3 tokens .* length=0"):
+        model(tokens, caches=caches, layout=by_hand)  # it would not be counted
+    layout = caches.reserve(3)
+    shifted = dataclasses.replace(layout, positions=layout.positions + 5)
+    torch.testing.assert_close(
+        model(tokens, caches=caches, layout=shifted), model(tokens), rtol=0, atol=1e-4
+    )

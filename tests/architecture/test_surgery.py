@@ -110,3 +110,21 @@ def test_swaps_work_on_the_meta_device():
         model = MinimalLlama(tiny_config())
     replace_modules(model, is_linear, Wrapped)
     assert all(weight.is_meta for weight in model.parameters())
+
+
+def test_a_module_and_another_inside_it_are_not_both_replaced():
+    model = make_model("llama")
+    either = lambda name, _: name in ("layers.0.mlp", "layers.0.mlp.up_proj")
+    with pytest.raises(
+        ValueError, match=r"layers.0.mlp matches, and so does .*up_proj"
+    ):
+        replace_modules(model, either, lambda module: nn.Identity())
+    assert not isinstance(model.layers[0].mlp, nn.Identity)  # nothing was done
+
+
+def test_a_module_of_two_names_stays_one_module():
+    shared = nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": shared, "b": shared})
+    is_linear = lambda _, module: isinstance(module, nn.Linear)
+    replace_modules(model, is_linear, lambda module: nn.Identity())
+    assert model["a"] is model["b"] and isinstance(model["a"], nn.Identity)

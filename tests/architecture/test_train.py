@@ -229,6 +229,7 @@ def test_progress_tells_loss_speed_and_time_left():
     go(make_run(4), hooks=(Progress(tiny_config(), 32, every=0.0, out=out),))
     lines = out.getvalue().splitlines()
     assert lines[-1].startswith("step 4/4 · loss ") and "tokens/s" in lines[-1]
+    assert "MFU " in lines[-1]
     assert lines[-1].endswith("0:00 left")
 
 
