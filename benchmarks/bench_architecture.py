@@ -3,7 +3,8 @@
     python benchmarks/bench_architecture.py [--device cuda] [--model NAME] [--smoke]
 
 Both run eagerly, greedily and never stop early; a step's time is that of n new tokens
-less that of one, over n - 1. Repeats alternate, so that a drift hits both alike.
+less that of one, over n - 1. Repeats alternate, so that a drift hits both alike. The
+first repeat is the warm-up, which a user waits for, too: it has its own column.
 
 Prediction. Such decoding is bound by launches: a step of a 16-layer Llama is about 30
 kernels a layer, 500 in all; at about 6 us each that is 3 ms, where the weights alone
@@ -130,6 +131,7 @@ def compare_decode(
         rows.append({
             "library": name.replace(",", ":"), "ms_per_step": f"{step * 1e3:.3f}",
             "tokens_per_s": f"{prompt.size(0) / step:.1f}",
+            "first_run_tokens_per_s": f"{prompt.size(0) / steps[0]:.1f}",
             "times_transformers": f"{base / step:.2f}",
             "weights_GB_per_s": f"{size / step / 1e9:.1f}",
             "spread": f"{(max(steps[1:]) - min(steps[1:])) / step:.1%}",
