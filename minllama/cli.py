@@ -1,6 +1,7 @@
 """The `minllama` command: parses, then calls a recipe."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -61,7 +62,7 @@ def chat(options: argparse.Namespace) -> None:
         how,
         options.system,
         options.chat,
-        options.max_new_tokens or 256,
+        256 if options.max_new_tokens is None else options.max_new_tokens,
         options.device,
     )
 
@@ -223,7 +224,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     try:
         return options.run(options) or 0
-    except ValueError as error:
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"minllama: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

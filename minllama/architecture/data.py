@@ -57,13 +57,11 @@ def read_documents(path: str | Path) -> list[str]:
         raise ValueError(
             f"{path} does not exist; give a text file or a folder of them."
         )
-    files = (
-        [path] if path.is_file() else sorted(p for p in path.rglob("*") if _is_text(p))
-    )
+    files = _files(path) if path.is_dir() else [path]
     documents = []
     for file in files:
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")  # Windows begins with a mark
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{file} is no UTF-8 text (byte {error.start}); convert it, or leave "
@@ -77,8 +75,11 @@ def read_documents(path: str | Path) -> list[str]:
     return documents
 
 
-def _is_text(path: Path) -> bool:
-    return path.is_file() and not path.name.startswith(".")
+def _files(folder: Path) -> list[Path]:
+    """All files below a folder, but none that is hidden or in a hidden folder."""
+    found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    seen = [path for path in found if not any(p.startswith(".") for p in path.parts)]
+    return [folder / path for path in sorted(seen)]
 
 
 def encode_documents(documents: Iterable[str], tok: Tokenizer) -> list[np.ndarray]:

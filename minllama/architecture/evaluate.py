@@ -62,6 +62,13 @@ def score_documents(
     device = model.embed_tokens.weight.device
     rows = [tok.encode(text)[:max_tokens] for text in documents]
     rows = sorted((row for row in rows if row), key=len)  # like lengths share a batch
+    if not rows:
+        raise ValueError("every document is empty; give at least one with text.")
+    if tok.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer's vocab_size={tok.vocab_size} exceeds the model's "
+            f"{model.config.vocab_size}; tokenizer and model do not belong together."
+        )
     nats = 0.0
     for start in range(0, len(rows), batch_size):
         part = [torch.tensor(row) for row in rows[start : start + batch_size]]

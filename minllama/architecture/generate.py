@@ -55,6 +55,8 @@ class Sampling:
             p = getattr(self, name)
             _require(name, p, p is None or 0 < p <= 1, "above 0 and at most 1, or None")
         _require("repetition_penalty", penalty, penalty > 0, "above 0 (1: no penalty)")
+        seed = self.seed
+        _require("seed", seed, seed is None or -(2**63) <= seed < 2**63, "64 bits wide")
 
     def generator(self, device: torch.device) -> torch.Generator | None:
         """A source of random numbers that starts from the seed."""
@@ -239,6 +241,7 @@ def generate(
     if not isinstance(tokens, Tensor):
         return _generate_ragged(model, tokens, max_new_tokens, how, stop_ids)
     check_prompt(model, tokens, max_new_tokens)
+    tokens = tokens.long()
     stops = _stops(model, stop_ids)
     caches = model.new_caches(tokens.size(0), tokens.size(1) + max_new_tokens)
     steps = decode(model, tokens, caches, how)
@@ -254,7 +257,12 @@ def _generate_ragged(
 ) -> list[Tensor]:
     """`generate` for prompts of unequal length, in one batch padded on the right."""
     device = model.embed_tokens.weight.device
-    rows = [torch.as_tensor(row, dtype=torch.long, device=device) for row in prompts]
+    if isinstance(prompts, str) or any(isinstance(row, str) for row in prompts):
+        raise ValueError(
+            f"prompts={prompts!r} are text; encode them: tok.encode(text, bos=True)."
+        )
+    rows = [torch.as_tensor(row, device=device) for row in prompts]
+    rows = [row if len(row.shape) and len(row) else row.long() for row in rows]
     if not rows or any(row.dim() != 1 or not len(row) for row in rows):
         raise ValueError(
             f"prompts of shapes {[tuple(row.shape) for row in rows]}: give one or more "
@@ -263,6 +271,7 @@ def _generate_ragged(
     lengths = torch.tensor([len(row) for row in rows], device=device)
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T)
     check_prompt(model, tokens, max_new_tokens)
+    rows, tokens = [row.long() for row in rows], tokens.long()
     stops = _stops(model, stop_ids)
     size = tokens.size(1) + max_new_tokens
     caches = model.new_caches(len(rows), size, kind=StaticCaches)
@@ -288,7 +297,8 @@ def _until_stopped(
 
 
 def _stops(model: MinimalLlama, stop_ids: Iterable[int] | None) -> Tensor:
-    ids = model.config.eos_ids if stop_ids is None else tuple(stop_ids)
+    ids = (stop_ids,) if isinstance(stop_ids, int) else stop_ids
+    ids = model.config.eos_ids if ids is None else tuple(int(i) for i in ids)
     return torch.tensor(ids, dtype=torch.long, device=model.embed_tokens.weight.device)
 
 
@@ -373,6 +383,7 @@ def stream(
         [ids], dtype=torch.long, device=model.embed_tokens.weight.device
     )
     check_prompt(model, tokens, max_new_tokens)
+    stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
     if "" in stop_strings:
         raise ValueError("stop_strings holds '', which every text contains; remove it.")
     stops = model.config.eos_ids if stop_ids is None else tuple(stop_ids)
@@ -388,6 +399,8 @@ def read_out(tok: Tokenizer, ids: Iterable[int], stops: Sequence[int]) -> Iterat
     for token in ids:
         if token in stops:
             break
+        if token >= tok.vocab_size:  # a row of padding in the embedding: no text
+            continue
         if piece := decoder.feed(token):
             yield piece
     if piece := decoder.flush():

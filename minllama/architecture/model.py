@@ -160,12 +160,14 @@ def check_layout(layout: Layout, new: Tensor, caches: Caches) -> None:
             f"layout.positions of shape {places} do not fit tokens of shape {(B, T)}; "
             "give (B, T), or (1, T) for all rows."
         )
-    kept = any(layer is not None for layer in caches.layers)
-    if kept and layout.is_triangle and layout.start + T != caches.length:
+    if type(caches) is not Caches or all(cache is None for cache in caches.layers):
+        return
+    end = layout.start + T
+    if end != caches.length if layout.is_triangle else T > caches.length:
         raise ValueError(
             f"layout.start={layout.start} and {T} tokens do not end at the caches' "
             f"length={caches.length}; take the layout from caches.reserve({T}) and "
-            "replace its positions."
+            "replace what differs."
         )
 
 
@@ -209,10 +211,15 @@ class MinimalLlama(nn.Module):
         self.tie_weights()
 
     def init_weights(self) -> None:
-        """Draw the random weights anew. Seam: other laws."""
+        """Draw the random weights anew; norms start at 1, biases at 0. Seam."""
         writes = ("o_proj.weight", "down_proj.weight")
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
         for name, weight in self.named_parameters():
-            if weight.dim() > 1:
+            if name.endswith(".bias"):
+                nn.init.zeros_(weight)
+            elif weight.dim() > 1:
                 shrink = (
                     (2 * self.config.n_layers) ** 0.5 if name.endswith(writes) else 1
                 )

@@ -131,7 +131,7 @@ def train(
         _set_rate(run, schedule)
         micro = [next(batches).to(device) for _ in range(accumulate)]
         count = sum(batch.counted() for batch in micro)
-        total = torch.zeros((), device=device)
+        total = torch.zeros((), device=device, dtype=torch.float32)
         for batch in micro:
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 part = loss(model, batch) / count

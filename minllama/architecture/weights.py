@@ -102,7 +102,9 @@ def open_weights(folder: str | Path) -> StoredWeights:
     if isinstance(folder, str) and folder in shipped_names():
         return _open_hugging_face(ASSETS / folder)
     path = Path(folder)
-    if path.suffix == ".gguf" or any(path.glob("*.gguf")):
+    others = ("*.safetensors", "*.pth", "pytorch_model*.bin")  # may lie beside it
+    readable = any(any(path.glob(pattern)) for pattern in others)
+    if path.suffix == ".gguf" or (not readable and any(path.glob("*.gguf"))):
         raise ValueError(
             f"{path} holds GGUF weights, quantized for llama.cpp; the chapter quantize "
             "will read them. Take the model's safetensors instead."

@@ -18,7 +18,7 @@ import torch
 from minllama.architecture.generate import Sampling, decode, read_out
 from minllama.architecture.model import MinimalLlama
 from minllama.architecture.tokenizer import TURN_TOKENS, Tokenizer
-from minllama.recipes.generate import best_device
+from minllama.recipes.generate import check_device, tokenizer_of
 
 HELP = "/reset begins anew · /save FILE writes the text · /help · /quit"
 
@@ -69,7 +69,7 @@ class Session:
         ids = self._read_turn(text)
         keep = min(common_prefix(self.cached, ids), len(ids) - 1)
         self.caches.length = keep  # what stood behind is written over
-        self.cached = ids[:]
+        self.cached = ids[:keep]
         device = self.model.embed_tokens.weight.device
         how = self.how
         if how.seed is not None:
@@ -81,7 +81,7 @@ class Session:
         pieces: list[str] = []
         try:
             most = min(self.max_new_tokens, self.context - len(ids))
-            fed = self._feed(steps, answer, most)
+            fed = self._feed(steps, ids, answer, most)
             for piece in read_out(self.tok, fed, self._stops):
                 pieces.append(piece)
                 yield piece
@@ -93,30 +93,32 @@ class Session:
         extra = self.tok.stop_ids if self.chat else ()
         return (*self.model.config.eos_ids, *extra)
 
-    def _feed(self, steps: Iterator, answer: list[int], most: int) -> Iterator[int]:
+    def _feed(
+        self, steps: Iterator, ids: list[int], answer: list[int], most: int
+    ) -> Iterator[int]:
         """Ids of the answer; each stands in the cache once the next was asked for."""
         for _ in range(most):
             token = int(next(steps))
-            self.cached += answer[-1:]
+            self.cached = ids + answer
             answer.append(token)
             yield token
 
     def _read_turn(self, text: str) -> list[int]:
         """Ids of the conversation up to where the model's turn begins."""
         if not self.chat:
-            self.text += text
             bos = not self.story and self.tok.bos_id is not None
-            self.story += self.tok.encode(text, bos=bos)
-            self._check_room(len(self.story), text)
-            return self.story[:]
-        self.messages.append({"role": "user", "content": text})
-        while True:
-            ids = self.tok.encode_chat(self.messages)
-            first = 1 if self.system else 0
-            if len(ids) < self.context or len(self.messages) <= first + 1:
-                break
-            del self.messages[first : first + 2]  # the oldest question and its answer
+            story = self.story + self.tok.encode(text, bos=bos)
+            self._check_room(len(story), text)
+            self.story, self.text = story, self.text + text
+            return story[:]
+        first = 1 if self.system else 0
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = self.tok.encode_chat(messages)
+        while len(ids) >= self.context and len(messages) > first + 2:
+            del messages[first : first + 2]  # the oldest question and its answer
+            ids = self.tok.encode_chat(messages)
         self._check_room(len(ids), text)
+        self.messages = messages
         return ids
 
     def _check_room(self, used: int, text: str) -> None:
@@ -180,10 +182,12 @@ def chat_with(
     Raises:
         ValueError: no such model.
     """
-    llama = MinimalLlama.from_pretrained(model, device=device or best_device())
-    tok = Tokenizer.from_pretrained(model)
+    llama = MinimalLlama.from_pretrained(model, device=check_device(device))
+    tok = tokenizer_of(model)
     talks = chat or converses(llama, tok)
     how = how or Sampling(temperature=0.8, top_p=0.95)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     session = Session(llama, tok, how, talks, system, max_new_tokens)
     if talks:
         print(f"{model}. {HELP}")

@@ -5,8 +5,7 @@ import torch
 from minllama.architecture.data import read_documents
 from minllama.architecture.evaluate import Score, score_documents
 from minllama.architecture.model import MinimalLlama
-from minllama.architecture.tokenizer import Tokenizer
-from minllama.recipes.generate import best_device
+from minllama.recipes.generate import check_device, tokenizer_of
 
 
 def evaluate_file(
@@ -22,10 +21,10 @@ def evaluate_file(
     """
     documents = read_documents(path)
     llama = MinimalLlama.from_pretrained(
-        model, dtype=torch.float32, device=device or best_device()
+        model, dtype=torch.float32, device=check_device(device)
     )
     most = min(512, llama.config.max_seq_len)
-    tok = Tokenizer.from_pretrained(model)
+    tok = tokenizer_of(model)
     score = score_documents(llama, tok, documents, max_tokens=most)
     print(
         f"{model} on {path}: {score.bits_per_byte:.4f} bits per byte\n"

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from pathlib import Path
 from typing import TextIO
 
 import torch
@@ -16,6 +17,30 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def check_device(name: str | None) -> str:
+    """That device if torch can use it; None: the fastest.
+
+    Raises:
+        ValueError: torch knows no such device here.
+    """
+    if name is None:
+        return best_device()
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device={name!r} cannot be used here ({str(error).splitlines()[0]}); this "
+            f"machine's fastest is {best_device()!r}."
+        ) from None
+    return name
+
+
+def tokenizer_of(model: str) -> Tokenizer:
+    """The tokenizer that lies beside a model's weights, or ships with it."""
+    path = Path(model)
+    return Tokenizer.from_pretrained(path.parent if path.is_file() else model)
 
 
 def generate_text(
@@ -53,8 +78,8 @@ def generate_text(
         ValueError: as `stream`.
     """
     to = out or sys.stdout
-    llama = MinimalLlama.from_pretrained(model, device=device or best_device())
-    tok = Tokenizer.from_pretrained(model)
+    llama = MinimalLlama.from_pretrained(model, device=check_device(device))
+    tok = tokenizer_of(model)
     if max_new_tokens is None:
         used = len(tok.encode(prompt)) + (tok.bos_id is not None)
         max_new_tokens = max(1, min(256, llama.config.max_seq_len - used))

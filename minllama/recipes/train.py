@@ -5,7 +5,9 @@ folder that `MinimalLlama.from_pretrained` and transformers read. A run that was
 stopped goes on where it was when the same command is given again.
 """
 
+import hashlib
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,7 +34,7 @@ from minllama.architecture.optim import make_adamw, make_muon
 from minllama.architecture.tokenizer import Tokenizer
 from minllama.architecture.train import Run, train, warmup_cosine
 from minllama.recipes.evaluate import evaluate_file
-from minllama.recipes.generate import best_device
+from minllama.recipes.generate import check_device
 
 OPTIMIZERS = {"adamw": make_adamw, "muon": make_muon}
 SAVE_DTYPES = {
@@ -128,8 +130,14 @@ class TrainOptions:
             "save_every",
             "lr",
         ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}={value} must be a number above 0.")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1.")
+        for name in ("warmup", "seed"):
+            if not 0 <= getattr(self, name) < 2**63:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0.")
 
 
 def run_training(options: TrainOptions) -> Run:
@@ -138,11 +146,19 @@ def run_training(options: TrainOptions) -> Run:
     Raises:
         ValueError: options that contradict each other or the data.
     """
-    device = options.device or best_device()
-    out = Path(options.out)
+    device = check_device(options.device)
+    out = Path(options.out).resolve()  # never mistaken for the name of a shipped model
+    state = out / "training_state.pt"
+    resumes = state.exists() and not options.fresh
     torch.manual_seed(options.seed)
     documents = read_documents(options.data)
-    tok = _tokenizer(options, documents)
+    if options.valid:
+        read_documents(options.valid)  # a missing file is told now, not in the end
+    facts = {**asdict(options), "data_sha256": _digest(documents)}
+    if resumes:
+        _check_same(facts, out)
+    out.mkdir(parents=True, exist_ok=True)
+    tok = _tokenizer(options, documents, resumes)
     model = _model(options, tok).to(device)
     batches = PackedBatches(
         encode_documents(documents, tok),
@@ -150,17 +166,16 @@ def run_training(options: TrainOptions) -> Run:
         options.seq_len,
         options.seed,
     )
-    steps = options.steps or max(
-        1, round(options.epochs * batches.batches_per_epoch() / options.accumulate)
-    )
+    steps = options.steps
+    if steps is None:
+        whole = options.epochs * batches.batches_per_epoch() / options.accumulate
+        steps = max(1, round(whole))
     optimizer = OPTIMIZERS[options.optimizer](model, options.lr, options.weight_decay)
     run = Run(model, optimizer, batches, steps)
-    state = out / "training_state.pt"
-    if state.exists() and not options.fresh:
-        _check_same(options, out)
+    if resumes:
         load_training_state(run, state)
         print(f"going on from step {run.step} of {steps} ({state})")
-    _write_json(out / "options.json", asdict(options))
+    _write_json(out / "options.json", facts)
     print(
         f"{count_parameters(model.config):,} parameters · {len(documents):,} documents "
         f"· {steps} steps of {options.batch_size * options.accumulate} x "
@@ -198,14 +213,20 @@ def run_training(options: TrainOptions) -> Run:
     return run
 
 
-def _tokenizer(options: TrainOptions, documents: list[str]) -> Tokenizer:
-    out = Path(options.out)
+def _tokenizer(options: TrainOptions, documents: list[str], resumes: bool) -> Tokenizer:
+    """The one that was named, that of the stopped run, or a new one."""
+    out = Path(options.out).resolve()
     source = options.tokenizer or options.model
-    if source is None and (out / "tokenizer.json").exists() and not options.fresh:
-        source = str(out)  # of the run that is resumed
+    if source is None and resumes:
+        source = str(out)
     if source is not None:
         return Tokenizer.from_pretrained(source)
-    tok = Tokenizer.train(documents, vocab_size=options.vocab_size)
+    try:
+        tok = Tokenizer.train(documents, vocab_size=options.vocab_size)
+    except ValueError as error:
+        raise ValueError(
+            f"vocab_size={options.vocab_size} (--vocab-size): {error}"
+        ) from None
     tok.save_pretrained(out)
     return tok
 
@@ -218,6 +239,14 @@ def _model(options: TrainOptions, tok: Tokenizer) -> MinimalLlama:
                 f"the tokenizer's vocab_size={tok.vocab_size} exceeds the model's "
                 f"{model.config.vocab_size}; use the tokenizer that belongs to it."
             )
+        if options.seq_len > model.config.max_seq_len:
+            raise ValueError(
+                f"seq_len={options.seq_len} exceeds the model's max_seq_len="
+                f"{model.config.max_seq_len}; give --seq-len that number or less."
+            )
+        if options.tokenizer is not None:  # its ends are those that the data will hold
+            ends = () if tok.eos_id is None else (tok.eos_id,)
+            model.config = replace(model.config, bos_id=tok.bos_id, eos_ids=ends)
         return model
     config = LlamaConfig(
         vocab_size=tok.vocab_size,
@@ -236,11 +265,21 @@ def _model(options: TrainOptions, tok: Tokenizer) -> MinimalLlama:
     return MinimalLlama(config)
 
 
-def _check_same(options: TrainOptions, out: Path) -> None:
-    """A stopped run goes on only under the options it was started with."""
-    before = json.loads((out / "options.json").read_text())
-    now = asdict(replace(options, fresh=before.get("fresh", False)))
-    free = ("device", "valid", "save_every", "compile")  # may change between the parts
+def _digest(documents: list[str]) -> str:
+    """Tells whether a stopped run goes on with the text it was started with."""
+    whole = hashlib.sha256()
+    for document in documents:
+        whole.update(document.encode() + b"\0")
+    return whole.hexdigest()
+
+
+def _check_same(now: dict, out: Path) -> None:
+    """A stopped run goes on only under the options and data it was started with."""
+    path = out / "options.json"
+    if not path.exists():
+        raise ValueError(f"{path} is missing beside a stopped run; begin with --fresh.")
+    before = json.loads(path.read_text())
+    free = ("device", "valid", "save_every", "compile", "fresh", "out")  # may change
     changed = [key for key in now if key not in free and now[key] != before.get(key)]
     if changed:
         words = ", ".join(f"{key}: {before.get(key)} -> {now[key]}" for key in changed)

@@ -308,8 +308,10 @@ def test_a_cache_without_slots_refuses_a_layout_of_slots(cache_class):
     with pytest.raises(ValueError, match=f"layout.last .* {cache_class.__name__}"):
         model(random_tokens(2, 4), caches=model.new_caches(2, 16, StaticCaches))
     layout = packed(torch.tensor([[0, 1, 0, 1]], device=DEVICE))
+    caches = model.new_caches(2, 16)
+    caches.reserve(4)
     with pytest.raises(ValueError, match=f"layout.last .* {cache_class.__name__}"):
-        model(random_tokens(2, 4), caches=model.new_caches(2, 16), layout=layout)
+        model(random_tokens(2, 4), caches=caches, layout=layout)
 
 
 @torch.no_grad()

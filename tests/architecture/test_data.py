@@ -131,6 +131,13 @@ def test_a_folder_is_read_in_order_of_names(tmp_path):
     assert read_documents(tmp_path) == ["a.txt", "b/2.md"]
 
 
+def test_a_byte_order_mark_is_no_text_and_hidden_folders_are_not_read(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfOnce")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git/config").write_text("secret")
+    assert read_documents(tmp_path) == ["Once"]
+
+
 def test_each_document_stands_between_its_begin_and_its_end():
     tok = Tokenizer.from_pretrained("stories-mini")
     (ids,) = encode_documents(["A cat. <|end_of_text|>"], tok)

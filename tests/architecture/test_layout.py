@@ -189,6 +189,8 @@ def test_a_triangle_that_the_caches_did_not_reserve_is_refused():
     by_hand = Layout(positions=torch.arange(3, device=tokens.device)[None])
     with pytest.raises(ValueError, match="layout.start=0 and 3 tokens .* length=0"):
         model(tokens, caches=caches, layout=by_hand)  # it would not be counted
+    with pytest.raises(ValueError, match="3 tokens do not end at the caches' length=0"):
+        model(tokens, caches=caches, layout=packed(by_hand.positions))
     layout = caches.reserve(3)
     shifted = dataclasses.replace(layout, positions=layout.positions + 5)
     torch.testing.assert_close(

@@ -21,6 +21,7 @@ from minllama.architecture.model import (
 from minllama.architecture.rope import Rotation
 from tests.conftest import (
     DEVICE,
+    MODELS,
     GatedLlama,
     make_model,
     random_tokens,
@@ -529,3 +530,18 @@ def test_a_rotation_of_another_kind_reaches_every_layer():
     model.rope.forward = lambda positions: Counting(*plain(positions))
     model(random_tokens(2, 5))
     assert calls == [5, 5]
+
+
+def test_a_model_made_on_meta_is_drawn_whole():
+    """Norms and biases too: memory that nothing wrote may hold anything."""
+    for name in ("llama", "qwen2", "qwen3"):
+        family, settings = MODELS[name]
+        with torch.device("meta"):
+            model = family(tiny_config(**settings))
+        model.to_empty(device="cpu")
+        for weight in model.parameters():
+            torch.nn.init.constant_(weight, torch.nan)
+        model.init_weights()
+        model.tie_weights()
+        assert all(weight.isfinite().all() for weight in model.parameters())
+        assert torch.equal(model.norm.weight, torch.ones(32))

@@ -58,6 +58,8 @@ def test_a_name_that_is_no_folder_is_refused_with_what_a_folder_holds(tmp_path):
 
 def test_gguf_is_refused_by_name(folder):
     (folder / "model-q4.gguf").write_bytes(b"GGUF")
+    MinimalLlama.from_pretrained(folder)  # its safetensors lie beside it
+    (folder / "model.safetensors").unlink()
     refused(folder, "holds GGUF weights, quantized for llama.cpp; the chapter quantize")
     refused(folder / "model-q4.gguf", "model-q4.gguf holds GGUF weights")
 

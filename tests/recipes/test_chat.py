@@ -99,6 +99,36 @@ def test_a_full_context_is_told(model, tok):
         list(session.say("word " * 600))
 
 
+def test_a_message_that_is_too_long_leaves_no_trace(model, tok):
+    session = Session(model, tok, Sampling(), chat=True, system="S", max_new_tokens=4)
+    list(session.say("Hello"))
+    before = list(session.messages)
+    with pytest.raises(ValueError, match="leave no room"):
+        list(session.say("word " * 600))
+    assert session.messages == before and list(session.say("And now?")) is not None
+    story = Session(model, tok, Sampling(), chat=False, max_new_tokens=4)
+    with pytest.raises(ValueError, match="leave no room"):
+        list(story.say("word " * 600))
+    assert story.text == "" and list(story.say("A boat"))
+
+
+def test_an_interrupt_while_reading_leaves_the_cache_honest(model, tok):
+    session = Session(model, tok, Sampling(), chat=False, max_new_tokens=8)
+    list(session.say("A small boat"))
+
+    def interrupt(module, inputs, output):
+        raise KeyboardInterrupt
+
+    hook = model.layers[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(session.say(" and then"))
+    hook.remove()
+    ids = [*session.story, *tok.encode(" the")]
+    text = "".join(session.say(" the"))
+    out = generate(model, torch.tensor([ids]), 8)[0, len(ids) :].tolist()
+    assert tok.decode(out) == text
+
+
 def test_a_model_converses_if_it_ends_its_turns(model, tok):
     assert not converses(model, tok)
     ends = (tok.eos_id, tok.special_tokens["<|eot_id|>"])

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from minllama import Tokenizer
 from minllama.architecture.config import REGISTRY
 from minllama.cli import main, make_parser
 
@@ -160,8 +161,59 @@ def test_train_goes_on_from_a_shipped_model(capsys, tmp_path):
     assert "951,424" in out
 
 
+def test_a_finished_folder_is_trained_anew_with_its_own_tokenizer(capsys, tmp_path):
+    words = train_words(tmp_path)
+    main(words)
+    (tmp_path / "corpus.txt").write_text("жил был кот и пёс, и дом, и лес. " * 300)
+    assert told(capsys, *words)[0] == 0
+    tok = Tokenizer.from_pretrained(tmp_path / "out")
+    assert len(tok.encode("кот")) < 6  # it learned from the new text
+
+
+def test_other_data_under_a_stopped_run_is_noticed(capsys, tmp_path):
+    words = train_words(tmp_path)
+    main(words)
+    (tmp_path / "out/training_state.pt").write_bytes(b"")
+    (tmp_path / "corpus.txt").write_text("another text. " * 300)
+    code, _, err = told(capsys, *words)
+    assert code == 2 and "data_sha256" in err
+
+
+def test_a_folder_named_like_a_shipped_model_is_not_taken_for_it(
+    capsys, tmp_path, monkeypatch
+):
+    words = train_words(tmp_path, "--valid", str(tmp_path / "corpus.txt"))
+    monkeypatch.chdir(tmp_path)
+    words[words.index("--out") + 1] = "stories"
+    _, out, _ = told(capsys, *words)
+    assert str(tmp_path / "stories") in out
+    bits = float(out.split(" bits per byte")[0].split()[-1])
+    assert bits > 1.5  # six steps do not make a storyteller
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("evaluate", "a.txt", "--device", "nonsense"), "device='nonsense' cannot be used"),
+    (("train", "--data", "a.txt", "--out", "a.txt"), "a.txt"),
+    (("train", "--data", "a.txt", "--out", "o"), "--vocab-size"),
+    (("generate", "x", "--seed", str(2**70)), "seed="),
+    (("info", "x" * 300), "x" * 300),
+])  # fmt: skip
+def test_what_the_machine_refuses_is_told_in_a_line(
+    capsys, tmp_path, monkeypatch, arguments, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("one short text")
+    code, _, err = told(capsys, *arguments)
+    assert code == 2 and words in err and "Traceback" not in err
+
+
 def test_options_that_make_no_sense_are_refused(capsys, tmp_path):
-    for flag, value in (("--optimizer", "sgd"), ("--epochs", "0"), ("--lr", "-1")):
+    for flag, value in (
+        ("--optimizer", "sgd"),
+        ("--epochs", "0"),
+        ("--lr", "-1"),
+        ("--steps", "0"),
+    ):
         code, _, err = told(capsys, *train_words(tmp_path, flag, value))
         assert code == 2 and f"{flag[2:]}=" in err
 
