@@ -22,6 +22,11 @@ class Chapter:
     def notebook(self) -> str:
         return f"chapters/{self.number:02d}_{self.name}.ipynb"
 
+    def notebooks(self, root: Path) -> list[str]:
+        """The notebook, and those that go on with it (01_architecture_inside)."""
+        found = root.glob(f"chapters/{self.number:02d}_{self.name}*.ipynb")
+        return sorted(path.relative_to(root).as_posix() for path in found)
+
 
 CONTENTS = """\
 architecture: Llama architecture
@@ -73,7 +78,10 @@ def named(root: Path = ROOT) -> dict[str, str]:
     files = {path: title for title, path in FRONT.items()}
     for chapter in CHAPTERS:
         files[chapter.page] = f"{chapter.number} · {chapter.title}"
-        files[chapter.notebook] = f"Notebook {chapter.number}"
+        for path in chapter.notebooks(root):
+            more = path.removesuffix(".ipynb").split(f"_{chapter.name}")[1]
+            more = more.replace("_", " ")
+            files[path] = f"Notebook {chapter.number}{more and ':'}{more}"
     files |= {path: title for title, path in BACK.items()}
     return {path: title for path, title in files.items() if (root / path).exists()}
 
@@ -119,7 +127,9 @@ def nav(root: Path = ROOT) -> list:
     """The navigation that mkdocs shows."""
     titles = named(root)
     chapters = [
-        path for chapter in CHAPTERS for path in (chapter.page, chapter.notebook)
+        path
+        for chapter in CHAPTERS
+        for path in (chapter.page, *chapter.notebooks(root))
     ]
 
     def entries(paths) -> list:
