@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minllama.architecture.families import class_for
+from minllama.architecture.families import FAMILIES, class_for
 from minllama.architecture.model import MinimalLlama
 from minllama.architecture.weights_config import (
     read_config,
@@ -203,7 +203,8 @@ def build_checked(family: type[MinimalLlama], stored: StoredWeights) -> MinimalL
     """The model without its bytes.
 
     Raises:
-        ValueError: sizes that cannot be meant.
+        ValueError: sizes that cannot be meant, or a subclass that cannot be built from
+            its config alone.
     """
     config = stored.config
     if config.n_layers > len(stored.tensors):  # before a billion blocks are built
@@ -215,6 +216,12 @@ def build_checked(family: type[MinimalLlama], stored: StoredWeights) -> MinimalL
     try:
         return build_shapes(family, config)
     except (RuntimeError, OverflowError, TypeError) as error:
+        if family not in FAMILIES.values():
+            raise ValueError(
+                f"{family.__name__}(config) failed on the meta device "
+                f"({type(error).__name__}: {str(error).splitlines()[0]}); a subclass "
+                "is built from its config alone, and reads no value of a tensor there."
+            ) from error
         sizes = ("vocab_size", "dim", "ffn_dim", "n_heads", "n_kv_heads", "head_dim")
         asked = ", ".join(f"{name}={getattr(config, name)}" for name in sizes)
         raise ValueError(

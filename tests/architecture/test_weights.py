@@ -545,3 +545,15 @@ def test_a_shipped_name_needs_no_path(tiny, tmp_path, monkeypatch):
         ValueError, match=r"'storys' is no folder. Give a shipped name \(st"
     ):
         MinimalLlama.from_pretrained("storys")
+
+
+def test_a_subclass_that_needs_more_than_its_config_is_told_so(tiny, tmp_path):
+    class Choosy(MinimalLlama):
+        def __init__(self, config, colour):
+            super().__init__(config)
+
+    tiny().save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"Choosy\(config\) failed .* TypeError: .*colour"
+    ):
+        Choosy.from_pretrained(tmp_path)
