@@ -552,7 +552,7 @@ def test_a_subclass_that_needs_more_than_its_config_is_told_so(tiny, tmp_path):
         def __init__(self, config, colour):
             super().__init__(config)
 
-    tiny().save_pretrained(tmp_path)
+    tiny.save_pretrained(tmp_path)
     with pytest.raises(
         ValueError, match=r"Choosy\(config\) failed .* TypeError: .*colour"
     ):
