@@ -554,6 +554,6 @@ def test_a_subclass_that_needs_more_than_its_config_is_told_so(tiny, tmp_path):
 
     tiny.save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"Choosy\(config\) failed .* TypeError: .*colour"
+        ValueError, match=r"Choosy\(config\) failed .*TypeError: .*colour"
     ):
         Choosy.from_pretrained(tmp_path)
