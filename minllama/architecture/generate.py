@@ -262,7 +262,6 @@ def _generate_ragged(
             f"prompts={prompts!r} are text; encode them: tok.encode(text, bos=True)."
         )
     rows = [torch.as_tensor(row, device=device) for row in prompts]
-    rows = [row if len(row.shape) and len(row) else row.long() for row in rows]
     if not rows or any(row.dim() != 1 or not len(row) for row in rows):
         raise ValueError(
             f"prompts of shapes {[tuple(row.shape) for row in rows]}: give one or more "
@@ -386,7 +385,7 @@ def stream(
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
     if "" in stop_strings:
         raise ValueError("stop_strings holds '', which every text contains; remove it.")
-    stops = model.config.eos_ids if stop_ids is None else tuple(stop_ids)
+    stops = _stops(model, stop_ids).tolist()
     caches = model.new_caches(1, len(ids) + max_new_tokens)
     new = decode(model, tokens, caches, how)
     picked = (int(next(new)) for _ in range(max_new_tokens))
