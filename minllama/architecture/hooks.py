@@ -33,7 +33,7 @@ class Progress:
         config: of the model, for its FLOPs.
         seq_len: tokens of a row.
         every: seconds between lines.
-        world: processes that train together; tokens/s counts all of them.
+        world: processes that train together: MFU is of all their peaks.
         dtype: of the matrix products that are measured; None: the weights'.
         out: where lines go.
     """
@@ -71,7 +71,7 @@ class Progress:
         seconds = now - self.since[0]
         if seconds < self.every and run.step < run.steps:
             return
-        rate = self.world * (run.tokens - self.since[2]) / max(seconds, 1e-9)
+        rate = (run.tokens - self.since[2]) / max(seconds, 1e-9)
         left = (run.steps - run.step) * seconds / max(run.step - self.since[1], 1)
         words = [
             f"step {run.step}/{run.steps}",
