@@ -6,7 +6,7 @@ caches of any kind, pages, windows, rows of different length. So a layout is O(T
 numbers; the (T, S) mask is made only where a plain attention wants one.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,9 +28,11 @@ class Layout:
     last: Tensor | None = None  # (B or 1, T)
     start: int = 0  # of a triangle: keys that came before these tokens
     rotation: Rotation | None = None  # filled in by the model, once per forward
-    _masks: list[Tensor] = field(  # layers share a layout, so a mask is made once
-        default_factory=list, init=False, repr=False, compare=False
-    )
+
+    def __post_init__(self) -> None:
+        # Layers share a layout, so a mask is made once. No field: a layout that is made
+        # from this one (`replace`) sees other keys, and FSDP copies fields to cast them.
+        object.__setattr__(self, "_masks", [])
 
     @property
     def is_triangle(self) -> bool:
@@ -48,14 +50,15 @@ class Layout:
 
     def mask(self, S: int) -> Tensor:
         """(B or 1, 1, T, S), True where a token sees a key."""
-        for made in self._masks:  # no dict: its key would make a compiled S a constant
+        masks: list[Tensor] = self._masks  # type: ignore[attr-defined]
+        for made in masks:  # no dict: its key would make a compiled S a constant
             if made.size(-1) == S:
                 return made
         first, last = self.interval(S)
         key = torch.arange(S, device=last.device)
         seen = (key >= first[..., None]) & (key <= last[..., None])  # (B, T, S)
-        self._masks.append(seen[:, None])
-        return self._masks[-1]
+        masks.append(seen[:, None])
+        return masks[-1]
 
     def within(self, window: int, S: int) -> "Layout":
         """The same tokens, each seeing only its newest `window` keys."""

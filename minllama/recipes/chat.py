@@ -18,7 +18,8 @@ import torch
 from minllama.architecture.generate import Sampling, decode, read_out
 from minllama.architecture.model import MinimalLlama
 from minllama.architecture.tokenizer import TURN_TOKENS, Tokenizer
-from minllama.recipes.generate import check_device, tokenizer_of
+from minllama.recipes.devices import check_device
+from minllama.recipes.generate import tokenizer_of
 
 HELP = "/reset begins anew · /save FILE writes the text · /help · /quit"
 

@@ -5,7 +5,8 @@ import torch
 from minllama.architecture.data import read_documents
 from minllama.architecture.evaluate import Score, score_documents
 from minllama.architecture.model import MinimalLlama
-from minllama.recipes.generate import check_device, tokenizer_of
+from minllama.recipes.devices import check_device
+from minllama.recipes.generate import tokenizer_of
 
 
 def evaluate_file(

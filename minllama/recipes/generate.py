@@ -1,40 +1,16 @@
 """Continue a text, and show it as it comes."""
 
+import io
 import sys
 import time
 from pathlib import Path
 from typing import TextIO
 
-import torch
-
 from minllama.architecture.generate import stream
-from minllama.architecture.model import MinimalLlama
 from minllama.architecture.tokenizer import Tokenizer
-
-
-def best_device() -> str:
-    """The fastest device that torch can see: cuda, then mps, then cpu."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def check_device(name: str | None) -> str:
-    """That device if torch can use it; None: the fastest.
-
-    Raises:
-        ValueError: torch knows no such device here.
-    """
-    if name is None:
-        return best_device()
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device={name!r} cannot be used here ({str(error).splitlines()[0]}); this "
-            f"machine's fastest is {best_device()!r}."
-        ) from None
-    return name
+from minllama.dist_run.mesh import is_first
+from minllama.recipes.devices import check_device  # noqa: F401
+from minllama.recipes.workers import build_model, start_workers, world_size
 
 
 def tokenizer_of(model: str) -> Tokenizer:
@@ -55,9 +31,14 @@ def generate_text(
     stop: tuple[str, ...] = (),
     seed: int | None = None,
     device: str | None = None,
+    sharded: bool = False,
     out: TextIO | None = None,
 ) -> str:
     """Print the prompt and its continuation piece by piece; return the continuation.
+
+    Started by torchrun, the processes share the model, and the first one prints:
+
+        torchrun --nproc-per-node 2 -m minllama.recipes.generate "Once upon a time"
 
     Args:
         prompt: plain text.
@@ -71,14 +52,19 @@ def generate_text(
         stop: end before the first of these strings.
         seed: see `Sampling`.
         device: None: the fastest there is.
+        sharded: torchrun: cut the model by FSDP, which fits where heads do not divide,
+            and gathers each block for each token. False: by tensor parallelism.
         out: where the text goes; None: standard output. A line of statistics goes to
             standard error.
 
     Raises:
         ValueError: as `stream`.
     """
-    to = out or sys.stdout
-    llama = MinimalLlama.from_pretrained(model, device=check_device(device))
+    workers = start_workers(device, **({} if sharded else {"tensor": world_size()}))
+    to = (out or sys.stdout) if is_first() else io.StringIO()
+    llama = build_model(workers, model, sequence=False, sharded=sharded).eval()
+    if seed is None and workers.mesh is not None:
+        seed = 0  # all ranks must draw the same
     tok = tokenizer_of(model)
     if max_new_tokens is None:
         used = len(tok.encode(prompt)) + (tok.bos_id is not None)
@@ -96,5 +82,14 @@ def generate_text(
     seconds = time.perf_counter() - start
     to.write("\n")
     new = len(tok.encode("".join(pieces)))
-    print(f"\n{new} tokens, {new / seconds:.0f} tokens/s", file=sys.stderr)
+    if is_first():
+        print(f"\n{new} tokens, {new / seconds:.0f} tokens/s", file=sys.stderr)
+    del llama, text
+    workers.end()
     return "".join(pieces)
+
+
+if __name__ == "__main__":  # torchrun … -m minllama.recipes.generate
+    from minllama.cli import main
+
+    sys.exit(main(["generate", *sys.argv[1:]]))

@@ -2,17 +2,25 @@
 
 Reads documents, trains a tokenizer on them (or takes one), packs, trains, and writes a
 folder that `MinimalLlama.from_pretrained` and transformers read. A run that was
-stopped goes on where it was when the same command is given again.
+stopped goes on where it was when the same command is given again, also on another
+number of processes. On several GPUs:
+
+    torchrun --nproc-per-node 4 -m minllama.recipes.train --data texts --out runs/mine
 """
 
 import hashlib
 import json
-import math
 import os
-from dataclasses import asdict, dataclass, replace
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.profiler import profile
 
 from minllama.architecture.accounting import count_parameters
 from minllama.architecture.config import LlamaConfig
@@ -22,122 +30,24 @@ from minllama.architecture.data import (
     read_documents,
 )
 from minllama.architecture.dropout import add_dropout, remove_dropout
-from minllama.architecture.hooks import (
-    Curve,
-    Progress,
-    every,
-    load_training_state,
-    save_training_state,
-)
+from minllama.architecture.hooks import Curve, Progress, every
 from minllama.architecture.model import MinimalLlama
-from minllama.architecture.optim import make_adamw, make_muon
 from minllama.architecture.tokenizer import Tokenizer
 from minllama.architecture.train import Run, train, warmup_cosine
+from minllama.dist_checkpoint import (
+    consolidate,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from minllama.dist_run.mesh import is_first
+from minllama.dist_run.timeline import save_trace
+from minllama.dist_run.watch import Watch, install_sigterm, should_stop
 from minllama.recipes.evaluate import evaluate_file
-from minllama.recipes.generate import check_device
+from minllama.recipes.train_options import OPTIMIZERS, SAVE_DTYPES, TrainOptions
+from minllama.recipes.workers import Workers, build_model, start_workers
 
-OPTIMIZERS = {"adamw": make_adamw, "muon": make_muon}
-SAVE_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """What `minllama train` takes; each field is a flag of that name.
-
-    The defaults train a model of 1.2 million parameters, on a laptop in minutes.
-
-    Args:
-        data: a UTF-8 file, or a folder of them; <|endoftext|> separates documents
-        out: folder for the model, its tokenizer and its curve
-        valid: a text to score in the end
-        model: train this one further: a shipped name or a folder
-        tokenizer: a shipped name or a folder; else the model's, or a new one
-        vocab_size: entries of a new tokenizer
-        dim: width of a new model
-        n_layers: blocks of a new model
-        n_heads: query heads of a new model
-        n_kv_heads: key/value heads of a new model
-        ffn_dim: inner width of the feed-forward; else 8/3 of dim
-        rope_theta: base of the rotary angles of a new model
-        seq_len: tokens of a row, and the context of a new model
-        epochs: passes over the data
-        steps: in place of epochs
-        batch_size: rows of a batch
-        accumulate: batches of a step
-        optimizer: adamw or muon
-        lr: peak learning rate
-        weight_decay: of matrices, times the rate
-        warmup: steps until the peak
-        dropout: share of channels dropped, in training only
-        seed: of weights, shuffles and dropout
-        device: cpu, cuda, mps; the fastest if not given
-        bf16: compute matrix products in bfloat16
-        compile: compile each block with torch.compile
-        save_every: steps between training states, from which a stopped run goes on
-        save_dtype: of the weights in the end: float32, bfloat16 or float16
-        fresh: begin anew though a stopped run is there
-    """
-
-    data: str
-    out: str
-    valid: str | None = None
-    model: str | None = None
-    tokenizer: str | None = None
-    vocab_size: int = 2048
-    dim: int = 128
-    n_layers: int = 5
-    n_heads: int = 4
-    n_kv_heads: int = 2
-    ffn_dim: int | None = None
-    rope_theta: float = 10000.0
-    seq_len: int = 512
-    epochs: float = 4.0
-    steps: int | None = None
-    batch_size: int = 16
-    accumulate: int = 1
-    optimizer: str = "adamw"
-    lr: float = 3e-3
-    weight_decay: float = 0.1
-    warmup: int = 50
-    dropout: float = 0.0
-    seed: int = 0
-    device: str | None = None
-    bf16: bool = False
-    compile: bool = False
-    save_every: int = 200
-    save_dtype: str = "float32"
-    fresh: bool = False
-
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("optimizer", tuple(OPTIMIZERS)),
-            ("save_dtype", tuple(SAVE_DTYPES)),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(
-                    f"{name}={value!r} must be one of {', '.join(allowed)}."
-                )
-        for name in (
-            "epochs",
-            "batch_size",
-            "accumulate",
-            "seq_len",
-            "save_every",
-            "lr",
-        ):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}={value} must be a number above 0.")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps={self.steps} must be at least 1.")
-        for name in ("warmup", "seed"):
-            if not 0 <= getattr(self, name) < 2**63:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0.")
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def run_training(options: TrainOptions) -> Run:
@@ -145,11 +55,19 @@ def run_training(options: TrainOptions) -> Run:
 
     Raises:
         ValueError: options that contradict each other or the data.
+        SystemExit: the process was told to end (SIGTERM); the state is saved.
     """
-    device = check_device(options.device)
+    workers = start_workers(
+        options.device, options.replicate, options.shard, options.tensor
+    )
     out = Path(options.out).resolve()  # never mistaken for the name of a shipped model
-    state = out / "training_state.pt"
-    resumes = state.exists() and not options.fresh
+    states = out / "checkpoints"
+    resumes = latest_checkpoint(states) is not None and not options.fresh
+    if options.optimizer == "muon" and workers.mesh is not None:
+        raise ValueError(
+            "optimizer='muon' looks at whole matrices, and sharded ones are not; use "
+            "adamw, or one process."
+        )
     torch.manual_seed(options.seed)
     documents = read_documents(options.data)
     if options.valid:
@@ -157,14 +75,17 @@ def run_training(options: TrainOptions) -> Run:
     facts = {**asdict(options), "data_sha256": _digest(documents)}
     if resumes:
         _check_same(facts, out)
-    out.mkdir(parents=True, exist_ok=True)
-    tok = _tokenizer(options, documents, resumes)
-    model = _model(options, tok).to(device)
+    workers.first(lambda: _make_folder(out, states, resumes))
+    tok = _tokenizer(options, documents, resumes, workers)
+    torch.manual_seed(options.seed)  # the same weights, however many processes
+    model = _model(options, tok, workers)
     batches = PackedBatches(
         encode_documents(documents, tok),
         options.batch_size,
         options.seq_len,
         options.seed,
+        workers.rank,
+        workers.team.parts,
     )
     steps = options.steps
     if steps is None:
@@ -172,97 +93,223 @@ def run_training(options: TrainOptions) -> Run:
         steps = max(1, round(whole))
     optimizer = OPTIMIZERS[options.optimizer](model, options.lr, options.weight_decay)
     run = Run(model, optimizer, batches, steps)
+    torch.manual_seed(options.seed + workers.rank)  # of dropout
     if resumes:
-        load_training_state(run, state)
-        print(f"going on from step {run.step} of {steps} ({state})")
-    _write_json(out / "options.json", facts)
-    print(
-        f"{count_parameters(model.config):,} parameters · {len(documents):,} documents "
-        f"· {steps} steps of {options.batch_size * options.accumulate} x "
-        f"{options.seq_len} tokens · {device}"
-    )
-    if options.dropout:
-        add_dropout(model, options.dropout)
+        load_checkpoint(states, run)
+    if is_first():
+        _write_json(out / "options.json", facts)
+        _greet(options, run, model.config, len(documents), workers, resumes)
     if options.compile:
-        for layer in model.layers:
-            layer.compile()
-    autocast = torch.bfloat16 if options.bf16 else None
-    train(
-        model,
-        optimizer,
-        batches,
-        steps,
-        schedule=warmup_cosine(steps, min(options.warmup, steps), floor=0.0),
-        accumulate=options.accumulate,
-        autocast=autocast,
-        hooks=(
-            Progress(model.config, options.seq_len, dtype=autocast),
-            Curve(out),
-            every(options.save_every, lambda run: save_training_state(run, state)),
-        ),
-        run=run,
-    )
-    remove_dropout(model).to(SAVE_DTYPES[options.save_dtype])
-    model.save_pretrained(out)
-    tok.save_pretrained(out)
-    state.unlink()  # the run is complete
-    print(f"the model is in {out}; continue a text with it:")
-    print(f'  minllama generate "…" --model {out}')
-    if options.valid:
-        evaluate_file(options.valid, str(out), device)
+        for block in model.layers:
+            block.forward = torch.compile(block.forward)
+    autocast = torch.bfloat16 if options.bf16 and workers.mesh is None else None
+
+    def save(run: Run) -> None:
+        save_checkpoint(states, run, keep=options.keep)
+
+    with Watch(options.hang_after) as watch, LeaveOnSignal(save) as leave:
+        train(
+            model,
+            optimizer,
+            batches,
+            steps,
+            schedule=warmup_cosine(steps, min(options.warmup, steps), floor=0.0),
+            accumulate=options.accumulate,
+            autocast=autocast,
+            hooks=(
+                *_lookers(options, model.config, out, workers),
+                every(options.save_every, save),
+                leave,
+                watch,
+            ),
+            run=run,
+            team=workers.team,
+            max_skipped=options.max_skipped,
+        )
+    _finish(options, run, tok, workers)
     return run
 
 
-def _tokenizer(options: TrainOptions, documents: list[str], resumes: bool) -> Tokenizer:
+def _make_folder(out: Path, states: Path, resumes: bool) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    if not resumes:  # --fresh, or stopped before a checkpoint was complete
+        shutil.rmtree(states, ignore_errors=True)
+
+
+def _greet(
+    options: TrainOptions,
+    run: Run,
+    config: LlamaConfig,
+    documents: int,
+    workers: Workers,
+    resumes: bool,
+) -> None:
+    if resumes:
+        print(f"going on from step {run.step} of {run.steps}")
+    rows = options.batch_size * options.accumulate
+    words = [
+        f"{count_parameters(config):,} parameters",
+        f"{documents:,} documents",
+        f"{run.steps} steps of {rows} x {options.seq_len} tokens",
+        options.device or workers.device,
+    ]
+    if workers.mesh is not None:
+        sizes = zip(workers.mesh.mesh_dim_names or (), workers.mesh.shape)
+        words.append(", ".join(f"{axis} {size}" for axis, size in sizes))
+    print(" · ".join(words))
+
+
+def _lookers(
+    options: TrainOptions, config: LlamaConfig, out: Path, workers: Workers
+) -> list[Callable[[Run], None]]:
+    """Progress and curve in one process; a step's timeline in all."""
+    found: list[Callable[[Run], None]] = []
+    if is_first():
+        dtype = torch.bfloat16 if options.bf16 else None
+        world = workers.world
+        found.append(Progress(config, options.seq_len, world=world, dtype=dtype))
+        found.append(Curve(out))
+    if options.profile is not None:
+        found.append(ProfileStep(options.profile, out))
+    return found
+
+
+class LeaveOnSignal:
+    """A hook: told to end (SIGTERM, SIGUSR1), all processes save, then leave."""
+
+    def __init__(self, save: Callable[[Run], object]) -> None:
+        self.save = save
+
+    def __enter__(self) -> "LeaveOnSignal":
+        self.before = {number: signal.getsignal(number) for number in SIGNALS}
+        self.stop = install_sigterm(SIGNALS)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def __call__(self, run: Run) -> None:
+        if run.step < run.steps and should_stop(self.stop):
+            self.save(run)
+            raise SystemExit(
+                f"told to end: saved after step {run.step}; the same command goes on."
+            )
+
+
+class ProfileStep:
+    """A hook: write the timeline of one step, as Perfetto and chrome://tracing read."""
+
+    def __init__(self, step: int, out: Path) -> None:
+        self.step, self.out = step, out
+        self.prof: profile | None = None
+
+    def __call__(self, run: Run) -> None:
+        if run.step == self.step - 1:
+            self.prof = profile()
+            self.prof.start()
+        elif self.prof is not None:
+            self.prof.stop()
+            rank = os.environ.get("RANK", "0")
+            save_trace(self.prof, self.out / f"trace-step{run.step}-rank{rank}.json")
+            self.prof = None
+
+
+def _finish(options: TrainOptions, run: Run, tok: Tokenizer, workers: Workers) -> None:
+    """The model's folder, from the whole model or from its last checkpoint."""
+    out = Path(options.out).resolve()
+    dtype = SAVE_DTYPES[options.save_dtype]
+    if workers.mesh is None:
+        remove_dropout(run.model).to(dtype)
+        assert isinstance(run.model, MinimalLlama)
+        run.model.save_pretrained(out)
+    if is_first():
+        if workers.mesh is not None:
+            consolidate(out / "checkpoints", out, dtype)
+        tok.save_pretrained(out)
+        shutil.rmtree(out / "checkpoints")  # the run is complete
+        print(f"the model is in {out}; continue a text with it:")
+        print(f'  minllama generate "…" --model {out}')
+    workers.end()
+    if options.valid and int(os.environ.get("RANK", "0")) == 0:
+        evaluate_file(options.valid, str(out), workers.device)
+
+
+def _tokenizer(
+    options: TrainOptions, documents: list[str], resumes: bool, workers: Workers
+) -> Tokenizer:
     """The one that was named, that of the stopped run, or a new one."""
     out = Path(options.out).resolve()
     source = options.tokenizer or options.model
-    if source is None and resumes:
+    if source is None:
         source = str(out)
-    if source is not None:
-        return Tokenizer.from_pretrained(source)
+        if not resumes:
+            workers.first(lambda: _train_tokenizer(options, documents))
+    return Tokenizer.from_pretrained(source)
+
+
+def _train_tokenizer(options: TrainOptions, documents: list[str]) -> None:
     try:
         tok = Tokenizer.train(documents, vocab_size=options.vocab_size)
     except ValueError as error:
         raise ValueError(
             f"vocab_size={options.vocab_size} (--vocab-size): {error}"
         ) from None
-    tok.save_pretrained(out)
-    return tok
+    tok.save_pretrained(Path(options.out).resolve())
 
 
-def _model(options: TrainOptions, tok: Tokenizer) -> MinimalLlama:
+def _model(options: TrainOptions, tok: Tokenizer, workers: Workers) -> MinimalLlama:
+    compute = torch.bfloat16 if options.bf16 else None
+    build = partial(
+        build_model,
+        workers,
+        dtype=torch.float32,
+        compute=compute,
+        checkpointing=options.checkpointing,
+        change=partial(_prepare, options, tok),
+    )
     if options.model is not None:
-        model = MinimalLlama.from_pretrained(options.model, dtype=torch.float32)
-        if model.config.vocab_size < tok.vocab_size:
-            raise ValueError(
-                f"the tokenizer's vocab_size={tok.vocab_size} exceeds the model's "
-                f"{model.config.vocab_size}; use the tokenizer that belongs to it."
-            )
-        if options.seq_len > model.config.max_seq_len:
-            raise ValueError(
-                f"seq_len={options.seq_len} exceeds the model's max_seq_len="
-                f"{model.config.max_seq_len}; give --seq-len that number or less."
-            )
+        return build(options.model)
+    return build(
+        LlamaConfig(
+            vocab_size=tok.vocab_size,
+            dim=options.dim,
+            n_layers=options.n_layers,
+            n_heads=options.n_heads,
+            n_kv_heads=options.n_kv_heads,
+            ffn_dim=options.ffn_dim,  # type: ignore[arg-type]
+            rope_theta=options.rope_theta,
+            max_seq_len=options.seq_len,
+            tie_embeddings=True,
+            bos_id=tok.bos_id,
+            eos_ids=() if tok.eos_id is None else (tok.eos_id,),
+            model_type="llama",
+        )
+    )
+
+
+def _prepare(options: TrainOptions, tok: Tokenizer, model: MinimalLlama) -> None:
+    """What is done to a model before it is cut: its ends, and dropout."""
+    if options.model is not None:
+        _check_fits(options, tok, model.config)
         if options.tokenizer is not None:  # its ends are those that the data will hold
             ends = () if tok.eos_id is None else (tok.eos_id,)
             model.config = replace(model.config, bos_id=tok.bos_id, eos_ids=ends)
-        return model
-    config = LlamaConfig(
-        vocab_size=tok.vocab_size,
-        dim=options.dim,
-        n_layers=options.n_layers,
-        n_heads=options.n_heads,
-        n_kv_heads=options.n_kv_heads,
-        ffn_dim=options.ffn_dim,  # type: ignore[arg-type]
-        rope_theta=options.rope_theta,
-        max_seq_len=options.seq_len,
-        tie_embeddings=True,
-        bos_id=tok.bos_id,
-        eos_ids=() if tok.eos_id is None else (tok.eos_id,),
-        model_type="llama",
-    )
-    return MinimalLlama(config)
+    if options.dropout:
+        add_dropout(model, options.dropout)
+
+
+def _check_fits(options: TrainOptions, tok: Tokenizer, config: LlamaConfig) -> None:
+    if config.vocab_size < tok.vocab_size:
+        raise ValueError(
+            f"the tokenizer's vocab_size={tok.vocab_size} exceeds the model's "
+            f"{config.vocab_size}; use the tokenizer that belongs to it."
+        )
+    if options.seq_len > config.max_seq_len:
+        raise ValueError(
+            f"seq_len={options.seq_len} exceeds the model's max_seq_len="
+            f"{config.max_seq_len}; give --seq-len that number or less."
+        )
 
 
 def _digest(documents: list[str]) -> str:
@@ -279,7 +326,10 @@ def _check_same(now: dict, out: Path) -> None:
     if not path.exists():
         raise ValueError(f"{path} is missing beside a stopped run; begin with --fresh.")
     before = json.loads(path.read_text())
-    free = ("device", "valid", "save_every", "compile", "fresh", "out")  # may change
+    free = (  # may change
+        "device", "valid", "save_every", "keep", "compile", "fresh", "out", "replicate",
+        "shard", "tensor", "checkpointing", "max_skipped", "hang_after", "profile",
+    )  # fmt: skip
     changed = [key for key in now if key not in free and now[key] != before.get(key)]
     if changed:
         words = ", ".join(f"{key}: {before.get(key)} -> {now[key]}" for key in changed)
@@ -294,3 +344,9 @@ def _write_json(path: Path, value: dict) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(part, path)
+
+
+if __name__ == "__main__":  # torchrun … -m minllama.recipes.train
+    from minllama.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))

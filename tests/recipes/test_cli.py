@@ -115,43 +115,66 @@ def test_train_writes_a_model_that_generates(capsys, tmp_path):
     assert code == 0 and "6 steps" in out
     names = {file.name for file in folder.iterdir()}
     assert {"model.safetensors", "tokenizer.json", "curve.csv", "curve.png"} <= names
-    assert "training_state.pt" not in names
+    assert "checkpoints" not in names
     code, out, _ = told(capsys, "generate", "low", "--model", str(folder),
                         "--device", "cpu", "--max-new-tokens", "4")  # fmt: skip
     assert code == 0 and out.startswith("low")
     assert told(capsys, "verify", str(folder))[0] == 0
 
 
-def test_train_goes_on_where_it_was_stopped_and_ends_alike(
-    capsys, tmp_path, monkeypatch
-):
+def stop_at(words: list[str], step: int) -> None:
+    """Train, and press Ctrl-C after that step."""
+    from minllama.recipes import train as recipe
+
+    class Stopped(recipe.Progress):
+        def __call__(self, run):
+            if run.step == step:
+                raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "Progress", Stopped)
+        assert main(words) == 130
+
+
+def test_train_goes_on_where_it_was_stopped_and_ends_alike(capsys, tmp_path):
     words = train_words(tmp_path, "--save-every", "2", "--dropout", "0.2")
     main(words)
     whole = (tmp_path / "out/model.safetensors").read_bytes()
     for file in (tmp_path / "out").iterdir():
         file.unlink()
-    from minllama.recipes import train as recipe
-
-    class StopAtFour(recipe.Progress):
-        def __call__(self, run):
-            if run.step == 5:
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr(recipe, "Progress", StopAtFour)
-    assert main(words) == 130
-    monkeypatch.undo()
+    stop_at(words, 5)
     code, out, _ = told(capsys, *words)
     assert code == 0 and "going on from step 4 of 6" in out
     assert (tmp_path / "out/model.safetensors").read_bytes() == whole
 
 
 def test_a_stopped_run_refuses_other_options(capsys, tmp_path):
-    words = train_words(tmp_path)
-    main(words)
-    (tmp_path / "out/training_state.pt").write_bytes(b"")
+    words = train_words(tmp_path, "--save-every", "2")
+    stop_at(words, 3)
     code, _, err = told(capsys, *words, "--lr", "0.5")
     assert code == 2 and "lr: 0.003 -> 0.5" in err
     assert json.loads((tmp_path / "out/options.json").read_text())["lr"] == 0.003
+
+
+def test_fresh_begins_anew(capsys, tmp_path):
+    words = train_words(tmp_path, "--save-every", "2")
+    stop_at(words, 3)
+    code, out, _ = told(capsys, *words, "--lr", "0.5", "--fresh")
+    assert code == 0 and "going on" not in out
+
+
+def test_a_config_file_holds_flags_and_typed_ones_win(capsys, tmp_path):
+    words = train_words(tmp_path)[:5]
+    file = tmp_path / "run.toml"
+    file.write_text('vocab-size = 270\ndim = 32\nn_layers = 1\nsteps = 9\nlr = 1e-3\n'
+                    'seq_len = 32\nbatch_size = 4\nwarmup = 2\nbf16 = false\n')  # fmt: skip
+    code, out, _ = told(capsys, *words, "--config", str(file), "--steps", "2")
+    assert code == 0 and "2 steps of 4 x 32" in out
+    facts = json.loads((tmp_path / "out/options.json").read_text())
+    assert facts["lr"] == 1e-3 and facts["bf16"] is False
+    file.write_text("steps = [1, 2]")
+    code, _, err = told(capsys, *words, f"--config={file}")
+    assert code == 2 and "steps is no plain value" in err
 
 
 def test_train_goes_on_from_a_shipped_model(capsys, tmp_path):
@@ -171,9 +194,8 @@ def test_a_finished_folder_is_trained_anew_with_its_own_tokenizer(capsys, tmp_pa
 
 
 def test_other_data_under_a_stopped_run_is_noticed(capsys, tmp_path):
-    words = train_words(tmp_path)
-    main(words)
-    (tmp_path / "out/training_state.pt").write_bytes(b"")
+    words = train_words(tmp_path, "--save-every", "2")
+    stop_at(words, 3)
     (tmp_path / "corpus.txt").write_text("another text. " * 300)
     code, _, err = told(capsys, *words)
     assert code == 2 and "data_sha256" in err
