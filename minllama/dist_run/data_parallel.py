@@ -95,6 +95,16 @@ class Exchange:
         self.buckets[self.sent].send(self.group)
         self.sent += 1
 
+    def reset(self) -> None:
+        """Before a forward pass: forget a backward pass that failed on its way."""
+        if self.sent is None or in_backward():
+            return
+        for bucket in self.buckets:
+            if bucket.work is not None:
+                bucket.work.wait()
+                bucket.work = bucket.flat = None
+        self.sent = None
+
     def finish(self) -> None:
         """At the end of backward: send what has unused parameters, wait for all."""
         assert self.sent is not None
@@ -134,7 +144,9 @@ def replicate(
         for tensor in [*names, *model.buffers()]:
             dist.broadcast(tensor, first, group)
     buckets = fill_buckets([p for p in names if p.requires_grad], bucket_mib * 2**20)
-    model.gradient_exchange = Exchange(buckets, group, names)  # type: ignore[assignment]
+    exchange = Exchange(buckets, group, names)
+    model.register_forward_pre_hook(lambda *_: exchange.reset())
+    model.gradient_exchange = exchange  # type: ignore[assignment]
     return model
 
 
@@ -227,6 +239,11 @@ def check_bare(model: nn.Module, names: dict[nn.Parameter, str]) -> None:
             f"no parameter of {type(model).__name__} has requires_grad=True; there are "
             "no gradients to exchange."
         )
+
+
+def in_backward() -> bool:
+    """Whether this is called by autograd, from within a backward pass."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def queue_callback(function) -> None:

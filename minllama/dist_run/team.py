@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from minllama.architecture.train import Team
 from minllama.dist_run.data_parallel import set_exchange
+from minllama.dist_run.fsdp_by_hand import Engine, clip_shards
 from minllama.dist_run.mesh import data_ranks, size_of
 
 
@@ -23,6 +24,7 @@ class MeshTeam(Team):
         self.mesh = mesh
         self.rank, self.parts = data_ranks(mesh)
         axes = ("replicate", "shard")
+        self.by_hand: nn.Module | None = None  # a model distributed by hand
         self.groups = [mesh[a].get_group() for a in axes if size_of(mesh, a) > 1]
 
     def sum(self, x: Tensor) -> Tensor:
@@ -36,12 +38,16 @@ class MeshTeam(Team):
         """Gradients travel after the last backward pass of a step only."""
         if hasattr(model, "gradient_exchange"):  # by hand
             set_exchange(model, now)
+            self.by_hand = model
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(now)
             model.set_is_last_backward(now)
 
     def clip(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """The norm over all slices; those of one mesh at a time, so kinds may mix."""
+        if isinstance(getattr(self.by_hand, "gradient_exchange", None), Engine):
+            assert self.by_hand is not None
+            return clip_shards(self.by_hand, max_norm)
         kinds: dict[object, list[Tensor]] = {}
         for p in parameters:
             assert p.grad is not None

@@ -27,11 +27,7 @@ from torch.distributed.tensor import (
     distribute_module,
     distribute_tensor,
 )
-from torch.distributed.tensor.parallel import (
-    ParallelStyle,
-    PrepareModuleInput,
-    SequenceParallel,
-)
+from torch.distributed.tensor.parallel import ParallelStyle, PrepareModuleInput
 from torch.distributed.tensor.placement_types import Placement
 
 from minllama.architecture.data import Batch
@@ -147,14 +143,37 @@ class Words(ParallelStyle):
         return y.redistribute(placements=[self.into]).to_local()
 
 
-class Norm(SequenceParallel):
+class Norm(ParallelStyle):
     """Weights on every rank, each norming its own tokens or heads; local in and out.
 
     The gradient of the weight is a sum over what each rank has seen.
     """
 
     def __init__(self, dim: int) -> None:
-        super().__init__(sequence_dim=dim, use_local_output=True)
+        super().__init__()
+        self.own = Shard(dim)
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(
+            module,
+            device_mesh,
+            self._copy,
+            self._take,  # type: ignore[arg-type]
+            self._give,  # type: ignore[arg-type]
+        )
+
+    def _copy(self, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+        for key, tensor in module.named_parameters(recurse=False):
+            same = distribute_tensor(tensor, mesh, [Replicate()])
+            same = nn.Parameter(same, requires_grad=tensor.requires_grad)
+            module.register_parameter(key, same)
+
+    def _take(self, module, inputs: tuple, mesh: DeviceMesh) -> tuple:
+        x, *rest = inputs
+        return DTensor.from_local(x, mesh, [self.own], run_check=False), *rest
+
+    def _give(self, module, y: DTensor, mesh: DeviceMesh) -> Tensor:
+        return y.to_local()
 
 
 def tensor_parallel(

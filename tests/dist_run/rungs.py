@@ -19,6 +19,7 @@ from minllama.dist_run import (
     init_mesh,
     replicate,
     shard,
+    shard_by_hand,
     tensor_parallel,
     tensor_parallel_loss,
 )
@@ -44,7 +45,7 @@ def build(kind: str, dtype: str, frozen: bool = False) -> nn.Module:
     model = make_model(name, tie_embeddings=bool(tied)).to(getattr(torch, dtype))
     if frozen:
         for name, weight in model.named_parameters():
-            weight.requires_grad_("proj" in name or "norm" in name)
+            weight.requires_grad_("proj" in name or "post_attention" in name)
             if "k_proj" in name or "down_proj" in name:
                 weight.requires_grad_(False)
     return model
@@ -63,7 +64,9 @@ def transform(model, mesh, rung: dict):
         )
     if "checkpointing" in rung:
         checkpoint_activations(model, rung["checkpointing"])
-    if rung.get("ddp"):
+    if rung.get("by_hand"):
+        shard_by_hand(model, mesh["shard"])
+    elif rung.get("ddp"):
         replicate(model, mesh)
     elif rung.get("shard", 1) > 1 or rung.get("replicate", 1) > 1:
         shard(model, mesh, reshard=rung.get("reshard", True),

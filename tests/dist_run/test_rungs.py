@@ -10,6 +10,7 @@ TWO = {
     "data parallel": {"replicate": 2, "ddp": True},
     "data parallel, accumulated": {"replicate": 2, "ddp": True, "accumulate": 2},
     "fsdp": {"shard": 2},
+    "fsdp by hand": {"shard": 2, "by_hand": True},
     "fsdp, kept": {"shard": 2, "reshard": False, "prefetch": 2},
     "fsdp, accumulated": {"shard": 2, "accumulate": 2},
     "fsdp, checkpointed": {"shard": 2, "checkpointing": "full"},
