@@ -5,7 +5,7 @@ BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DATA   ?= data
 
-.PHONY: demo test chapters site lint bench lab parity clean
+.PHONY: demo test chapters site lint bench lab parity kill-tests clean
 
 demo: .venv/core  ## a real Llama, trained by us, tells a story
 	$(BIN)/minllama generate "Once upon a time" --seed 1
@@ -32,6 +32,9 @@ lab: .venv/lab  ## the chapters in Jupyter
 
 parity: .venv/dev  ## real tokenizers against their own libraries: make parity DATA=folder
 	$(BIN)/python benchmarks/parity_tokenizers.py $(DATA)
+
+kill-tests: .venv/dev  ## 50 random kills of a save in progress: none may lose a checkpoint
+	$(BIN)/python -m tests.dist_checkpoint.kill_tests
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 demo")'

@@ -61,6 +61,14 @@ from minllama.dist_run import (
     tensor_parallel,
 )
 from minllama.dist_run.accounting import Sharding, sharded_peak
+from minllama.dist_run.timeline import (
+    COMMUNICATION,
+    COMPUTE,
+    exposed_communication,
+    intervals,
+    trace_step,
+)
+from minllama.fast_ops import linear_cross_entropy, use_fast_ops
 
 GIB = 2**30
 TINY = LlamaConfig(vocab_size=997, dim=64, n_layers=3, n_heads=8, n_kv_heads=4)
@@ -111,17 +119,17 @@ def fill(model: nn.Module, device: str) -> None:
                 buffer.copy_(500000.0 ** (-even / (2 * buffer.numel())))
 
 
-def ours(
-    config: LlamaConfig, mesh, device: str, checkpointing: str | None, compiled: bool
-) -> MinimalLlama:
+def ours(config: LlamaConfig, mesh: DeviceMesh, device: str, how: dict) -> MinimalLlama:
     with torch.device("meta"):
         model = MinimalLlama.from_config(config)
-    if checkpointing:
-        checkpoint_activations(model, checkpointing)
+    if how.get("fast"):
+        use_fast_ops(model)
+    if "checkpointing" in how:
+        checkpoint_activations(model, how["checkpointing"])
     shard(model, mesh, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     fill(model, device)
     model.tie_weights()
-    if compiled:
+    if how.get("compile"):
         for block in model.layers:
             block.forward = torch.compile(block.forward)
     return model
@@ -191,15 +199,8 @@ def measure_step(options, mesh, name: str, B: int, T: int, who: str, how: dict) 
         model = transformers_model(config, data, device, how.get("checkpointing"))
         loss = hf_loss
     else:
-        model = ours(
-            config,
-            data,
-            device,
-            how.get("checkpointing"),
-            how.get("compile", False),
-        )
+        model = ours(config, data, device, how)
         loss = how.get("loss", plain_loss)
-        how.get("then", lambda model: model)(model)
     team = MeshTeam(mesh)
     batches = OneBatch(config, B, T, device)
     steps = 2 if options.smoke else options.steps
@@ -235,10 +236,7 @@ def measure_step(options, mesh, name: str, B: int, T: int, who: str, how: dict) 
         "exposed": "",
     }
     if how.get("trace"):
-        try:
-            row["exposed"] = trace(options, model, loss, batches, team, how["trace"])
-        except ImportError as error:
-            say(str(error))
+        row["exposed"] = trace(options, model, loss, batches, team, how["trace"])
     del model, batches
     free(device)
     return row
@@ -246,8 +244,6 @@ def measure_step(options, mesh, name: str, B: int, T: int, who: str, how: dict) 
 
 def trace(options, model, loss, batches, team, name: str) -> str:
     """Profile one step; the share of it in which communication is all that happens."""
-    from minllama.dist_run.timeline import exposed_communication, trace_step
-
     optimizer = make_adamw(model, 1e-5)
 
     def step() -> None:
@@ -256,10 +252,13 @@ def trace(options, model, loss, batches, team, name: str) -> str:
     step()
     dist.barrier()
     spans = trace_step(step)
-    if dist.get_rank() == 0:
-        rows = [vars(s) if hasattr(s, "__dict__") else s._asdict() for s in spans]
-        rows = [{k: str(v) for k, v in row.items()} for row in rows]
-        record.write(f"dist_run_spans_{name}", rows, options.device, Path(options.out))
+    if dist.get_rank() == 0 and not options.smoke:
+        rows = [
+            {"kind": kind, "start_ms": f"{1e3 * a:.3f}", "end_ms": f"{1e3 * b:.3f}"}
+            for kind in (COMPUTE, COMMUNICATION)
+            for a, b in intervals(spans, kind, gap=20e-6)
+        ]
+        record.write(f"dist_run_timeline_{name}", rows, options.device, options.folder)
     return f"{exposed_communication(spans):.2%}"
 
 
@@ -274,16 +273,16 @@ def steps_8b(options) -> list[dict]:
     mesh = init_mesh(device=options.device)
     name, B, T = ("tiny", 2, 64) if options.smoke else (options.model, 2, 4096)
     full = {"checkpointing": "full"}
-    jobs: list[tuple[str, int, dict]] = [
-        ("minllama", B, {**full, "trace": "eager"}),
-    ]
+    jobs: list[tuple[str, int, dict]] = [("minllama", B, {**full, "trace": "eager"})]
     if not options.smoke:
-        words = {"compile": True, "words": ", compiled blocks"}
-        jobs.append(("minllama", B, {**full, **words}))
-        jobs.insert(0, ("transformers", B, full))
-        both = {"words": ", compiled blocks, linear_cross_entropy", "compile": True}
-        jobs += [
-            ("minllama", 2 * B, {**full, **both, "loss": fused_loss, "trace": "fast"})
+        fused = {**full, "loss": fused_loss}
+        compiled = {"compile": True, "words": ", compiled blocks, linear_cross_entropy"}
+        fast = {"fast": True, "words": ", use_fast_ops, linear_cross_entropy"}
+        jobs = [
+            ("transformers", B, full),
+            *jobs,
+            ("minllama", 2 * B, {**fused, **fast}),
+            ("minllama", 2 * B, {**fused, **compiled, "trace": "fast"}),
         ]
     return [
         guarded(partial(measure_step, options, mesh, name, rows, T, who, how))
@@ -292,10 +291,17 @@ def steps_8b(options) -> list[dict]:
 
 
 def fused_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The same loss without logits, by the chapter fast_ops."""
-    from minllama.fast_ops import head_loss
+    """The same loss without logits. The head's weight is whole within its call only."""
+    hidden, head = model.hidden_states(batch.tokens), model.lm_head
 
-    return head_loss(model, model.hidden_states(batch.tokens), batch.targets)
+    def loss(x: Tensor) -> Tensor:
+        return linear_cross_entropy(x, head.weight, batch.targets, reduction="sum")
+
+    head.forward = loss
+    try:
+        return head(hidden)
+    finally:
+        del head.forward
 
 
 def scaling(options) -> list[dict]:
@@ -366,7 +372,7 @@ def run(options: argparse.Namespace) -> None:
         print(record.table(rows))
         if options.device == "cuda" and not options.smoke:
             name = f"dist_run_cuda_{dist.get_world_size()}"
-            record.write(name, rows, options.device, Path(options.out))
+            record.write(name, rows, options.device, options.folder)
 
 
 def main() -> None:
@@ -378,6 +384,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="seconds, writes nothing")
     parser.add_argument("--out", default=str(record.RESULTS))
     options = parser.parse_args()
+    options.folder = Path(options.out)
     if "RANK" not in os.environ:
         launch(run, 2, options)
         return

@@ -79,7 +79,7 @@ def load_pretrained(
     new = tuple(new)
     problems = key_problems(model, stored, new)
     if problems:
-        raise ValueError(_describe(family, stored, problems))
+        raise ValueError(describe_problems(family, stored, problems))
     if new:
         with torch.device(device), _default_dtype(dtype):
             model = family(stored.config)
@@ -89,7 +89,7 @@ def load_pretrained(
         stored.copy_into(name, out)
         _assign(model, name, out)
     model.tie_weights()
-    _check_complete(model)
+    check_complete(model)
     return model.eval()
 
 
@@ -164,6 +164,7 @@ def _open_hugging_face(folder: Path) -> StoredWeights:
         tensors=tensors,
         copy_into=lambda name, out: out.copy_(reader.read(tensors[name])),
         stated_dtype=read_dtype(folder),
+        cut=lambda name, part: reader.read_part(tensors[name], part),
     )
 
 
@@ -283,7 +284,8 @@ def _check_tied(stored: StoredWeights) -> None:
         )
 
 
-def _describe(family: type, stored: StoredWeights, problems: dict) -> str:
+def describe_problems(family: type, stored: StoredWeights, problems: dict) -> str:
+    """What `key_problems` found, as a message that names the remedy."""
     lines = [f"{stored.path} does not fit {family.__name__}:"]
     for kind, found in problems.items():
         lines.append(f"  {len(found)} {kind}:")
@@ -316,7 +318,12 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(owner, leaf, tensor)
 
 
-def _check_complete(model: nn.Module) -> None:
+def check_complete(model: nn.Module) -> None:
+    """Refuse a model of which something stayed on the meta device.
+
+    Raises:
+        ValueError: with the names.
+    """
     left = [name for name, t in model.named_buffers() if t.is_meta]
     left += [name for name, t in model.named_parameters() if t.is_meta]
     if left:

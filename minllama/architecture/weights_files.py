@@ -51,6 +51,7 @@ class StoredWeights:
         tensors: name -> where it lies.
         copy_into: `copy_into(name, out)` fills `out`, of any dtype and device.
         stated_dtype: what the config says; it decides only where tensors disagree.
+        cut: `cut(name, part)` reads a part alone, where the format lets it.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class StoredWeights:
     tensors: dict[str, StoredTensor]
     copy_into: Callable[[str, Tensor], object]
     stated_dtype: torch.dtype | None = None
+    cut: Callable[[str, tuple[slice, ...]], Tensor] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,6 +78,17 @@ class StoredWeights:
         out = torch.empty(stored.shape, dtype=stored.dtype)
         self.copy_into(name, out)
         return out
+
+    def read_part(self, name: str, part: tuple[slice, ...]) -> Tensor:
+        """A part of one tensor as it is stored, on the CPU: copy it, do not keep it.
+
+        Args:
+            name: of the tensor.
+            part: one slice a dimension, each with a start and a stop.
+        """
+        if self.cut is not None:
+            return self.cut(name, part)
+        return self.read(name)[part]
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
@@ -208,6 +221,13 @@ class TensorReader:
         tensor = self._pickles[stored.file][stored.key]
         self._mapped += tensor.nbytes
         return tensor
+
+    def read_part(self, stored: StoredTensor, part: tuple[slice, ...]) -> Tensor:
+        """A part of one tensor; of safetensors no other bytes are copied."""
+        if stored.file.suffix == ".safetensors":
+            with safe_open(stored.file, "pt") as file:
+                return file.get_slice(stored.key)[part]
+        return self.read(stored)[part]
 
 
 def _wrong_dtype(path: Path, key: str, dtype) -> ValueError:

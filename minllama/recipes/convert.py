@@ -1,6 +1,8 @@
 """Rewrite a model in another format or type, and check one that was downloaded.
 
     minllama convert SRC DST --dtype bfloat16 --format meta --shards 2
+    minllama convert runs/mine DST               the newest checkpoint of a run
+    minllama convert SRC DST --format checkpoint --shards 8    for 8 ranks to read
     minllama verify FOLDER
 
 Both end by reading every number of the folder in question: a file that was cut off, a
@@ -10,6 +12,7 @@ key too many, a NaN are found here and not after an hour of training.
 import hashlib
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,8 +28,9 @@ from minllama.architecture.weights import (
 )
 from minllama.architecture.weights_files import DTYPES, StoredWeights, check_dtype
 from minllama.architecture.weights_meta import save_meta
+from minllama.dist_checkpoint import consolidate, latest_checkpoint, split
 
-FORMATS = ("hf", "meta")
+FORMATS = ("hf", "meta", "checkpoint")
 MODEL_FILES = ("config.json", "params.json", "*.safetensors", "consolidated.*.pth")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -48,15 +52,17 @@ def convert(
 ) -> int:
     """Read a model, write it to another folder, verify that. Returns 0 if all is well.
 
-    The tokenizer's files go along. Host memory: one copy of the model in its new type.
+    The tokenizer's files go along. Host memory: one copy of the model in its new type;
+    one tensor where either side is a checkpoint.
 
     Args:
-        source: whatever from_pretrained reads.
+        source: whatever from_pretrained reads; or a training checkpoint, a folder of
+            them, or of torch.distributed.checkpoint.
         target: a new or empty folder.
         dtype: of the new weights, as "bfloat16". None: as they are.
-        format: "hf" (safetensors, read by transformers) or "meta".
-        shards: files of Meta's format, one for each of its GPUs; "hf" cuts by itself,
-            at 5 GB.
+        format: "hf" (safetensors, read by transformers), "meta", or "checkpoint".
+        shards: files of Meta's format, one for each of its GPUs, or of a checkpoint,
+            one for each rank; "hf" cuts by itself, at 5 GB.
 
     Raises:
         ValueError: an argument is wrong, the target is taken or too small, or the
@@ -70,6 +76,16 @@ def convert(
             f"shards={shards} is for format='meta'; a Hugging Face folder is cut at "
             "5 GB by itself."
         )
+    found = find_training(source)
+    if format == "checkpoint":
+        if dtype is not None:
+            raise ValueError(
+                f"dtype={dtype} with format='checkpoint'; convert to hf first."
+            )
+        print(f"writing {split(found or source, target, shards)}")
+        return 0
+    if found is not None:
+        return _convert_training(found, Path(target), dtype, format, shards)
     stored = open_weights(source)
     _check_target(Path(target), stored, dtype)
     print(f"reading {_summary(stored)}")
@@ -84,6 +100,34 @@ def convert(
             if (stored.path / name).is_file():
                 shutil.copyfile(stored.path / name, Path(target) / name)
     return verify(target)
+
+
+def find_training(source: str | Path) -> Path | None:
+    """The checkpoint that a folder is, or holds; None if it is none."""
+    for folder in (Path(source), Path(source) / "checkpoints"):
+        if (folder / "manifest.json").is_file() or (folder / ".metadata").is_file():
+            return folder
+        newest = latest_checkpoint(folder)
+        if newest is not None:
+            return newest
+    return None
+
+
+def _convert_training(
+    source: Path, target: Path, dtype: torch.dtype | None, format: str, shards: int
+) -> int:
+    _check_free(target)
+    print(f"reading {source}")
+    if format == "hf":
+        consolidate(source, target, dtype)
+        for name in TOKENIZER_FILES:  # of the run, two folders up
+            file = source.parent.parent / name
+            if file.is_file() and not (target / name).exists():
+                shutil.copyfile(file, target / name)
+        return verify(target)
+    with tempfile.TemporaryDirectory(dir=target.absolute().parent) as folder:
+        consolidate(source, folder)
+        return convert(folder, target, dtype, format, shards)
 
 
 def verify(folder: str | Path) -> int:
@@ -120,13 +164,17 @@ def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return dtype
 
 
-def _check_target(target: Path, stored: StoredWeights, dtype) -> None:
+def _check_free(target: Path) -> None:
     taken = [path.name for pattern in MODEL_FILES for path in target.glob(pattern)]
     if taken or target.is_file():
         raise ValueError(
             f"{target} holds {', '.join(sorted(taken)) or 'a file'} already; nothing "
             "is overwritten. Name a new folder."
         )
+
+
+def _check_target(target: Path, stored: StoredWeights, dtype) -> None:
+    _check_free(target)
     numbers = _count(stored)
     need = numbers * (dtype or stored.dtype).itemsize
     place = next(path for path in (target, *target.absolute().parents) if path.exists())
