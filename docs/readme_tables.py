@@ -83,8 +83,41 @@ def number_table() -> str:
                 f"| `{row['model']}`, {int(row['parameters']):,} parameters, on "
                 f"{row['text']} | {float(row['bits_per_byte']):.3f} bits per byte | | |"
             )
+    rows += distributed_rows()
     head = "| what | ours | peer | machine |\n|---|---|---|---|\n"
     return head + "\n".join(rows)
+
+
+def distributed_rows() -> list[str]:
+    """Training and saving on several GPUs."""
+    rows = []
+    steps = [row for row in read("dist_run_cuda_4") if row["case"] == "step"]
+    speed = {row["who"]: f"{int(row['tokens_per_s_gpu']):,}" for row in steps}
+    for row in steps:
+        if not row["who"].startswith("minllama"):
+            continue
+        words = row["who"].removeprefix("minllama").strip(", ")
+        peer = (
+            "" if words else f"transformers under `fully_shard` {speed['transformers']}"
+        )
+        rows.append(
+            f"| training `{row['model']}`, {row['gpus']} GPUs, {row['rows']} x "
+            f"{row['tokens']} tokens each{words and '; ' + words} | "
+            f"{speed[row['who']]} tokens/s/GPU | {peer} | {row['machine']} |"
+        )
+    stall = {
+        row["library"]: row
+        for row in read("dist_checkpoint_cuda")
+        if row["what"] == "async"
+    }
+    if stall:
+        ours, theirs = stall["minllama"], stall["torch DCP"]
+        rows.append(
+            f"| saving `{ours['model']}` in the background, {ours['world']} GPUs: "
+            f"training waits | {float(ours['stall_seconds']):.2f} s | torch's own "
+            f"{float(theirs['stall_seconds']):.2f} s | {ours['machine']} |"
+        )
+    return rows
 
 
 def replace_part(text: str, name: str, content: str) -> str:

@@ -26,6 +26,8 @@ from minllama.architecture.train import Run
 class Progress:
     """A line now and then: loss, rate, tokens/s, share of the peak (MFU), time left.
 
+    On a GPU also the most memory that this process held at once.
+
     The peak is the datasheet's bf16 rate where the GPU is known, else what this
     machine's matrix products reach in a short measurement.
 
@@ -79,10 +81,17 @@ class Progress:
             f"lr {run.lr:.1e}",
             f"{rate:,.0f} tokens/s",
             f"MFU {rate * self.flops / (self.world * self.peak):.1%}",
+            *_memory(next(run.model.parameters()).device),
             f"{left // 60:.0f}:{left % 60:02.0f} left",
         ]
         print(" · ".join(words), file=self.out, flush=True)
         self.since = (now, run.step, run.tokens)
+
+
+def _memory(device: torch.device) -> list[str]:
+    if device.type != "cuda":
+        return []
+    return [f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"]
 
 
 class Curve:

@@ -18,6 +18,7 @@ from minllama.architecture.families import class_for
 from minllama.architecture.model import MinimalLlama
 from minllama.architecture.weights_meta import save_meta
 from minllama.architecture.weights_save import build_shapes, weight_shapes
+from minllama.dist_checkpoint import save_checkpoint
 from minllama.recipes.convert import convert, verify
 from tests.conftest import make_model, random_tokens
 
@@ -218,3 +219,19 @@ def test_the_messages_on_the_page_are_those_of_the_code():
     assert len(messages) == 6
     for part in (part for message in messages for part in message.split("…")):
         assert part.strip() in code, part
+
+
+def test_a_training_checkpoint_becomes_a_folder_and_back(tmp_path, capsys):
+    whole = MinimalLlama.from_pretrained("stories-mini")
+    save_checkpoint(tmp_path / "run/checkpoints", whole, step=7)
+    assert convert(tmp_path / "run", tmp_path / "hf") == 0
+    assert convert(tmp_path / "hf", tmp_path / "cut", format="checkpoint", shards=3) == 0
+    assert convert(tmp_path / "cut", tmp_path / "meta", format="meta", shards=2) == 0
+    tokens = torch.arange(1, 9)[None]
+    for name in ("hf", "meta"):
+        again = MinimalLlama.from_pretrained(tmp_path / name)
+        torch.testing.assert_close(again(tokens), whole(tokens))
+    with pytest.raises(ValueError, match="convert to hf first"):
+        convert(tmp_path / "hf", tmp_path / "x", dtype="bfloat16", format="checkpoint")
+    with pytest.raises(ValueError, match="nothing is overwritten"):
+        convert(tmp_path / "cut", tmp_path / "hf")
