@@ -7,7 +7,7 @@
 The model is made on the meta device and cut by `fully_shard`; with --optimizer AdamW
 has stepped once (8B: 16 GB of weights in bfloat16, 48 GB with the moments; the folder
 needs four times that). The peer is torch.distributed.checkpoint's own save, async_save
-and load of the same state, to the same disk, in turns. It neither hashes nor fsyncs;
+and load of the same state, to the same disk, in turns. It keeps no hashes;
 "load unverified" is ours without hashing. The disk's limit is a plain write and fsync
 by each rank.
 

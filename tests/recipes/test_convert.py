@@ -225,7 +225,8 @@ def test_a_training_checkpoint_becomes_a_folder_and_back(tmp_path, capsys):
     whole = MinimalLlama.from_pretrained("stories-mini")
     save_checkpoint(tmp_path / "run/checkpoints", whole, step=7)
     assert convert(tmp_path / "run", tmp_path / "hf") == 0
-    assert convert(tmp_path / "hf", tmp_path / "cut", format="checkpoint", shards=3) == 0
+    cut = {"format": "checkpoint", "shards": 3}
+    assert convert(tmp_path / "hf", tmp_path / "cut", **cut) == 0
     assert convert(tmp_path / "cut", tmp_path / "meta", format="meta", shards=2) == 0
     tokens = torch.arange(1, 9)[None]
     for name in ("hf", "meta"):
