@@ -126,6 +126,27 @@ def test_state_is_bit_equal_and_the_curve_goes_on_from_4_to_2_to_1_to_4(tmp_path
     assert max(abs(a - b) for a, b in zip(losses, curve)) <= 1e-6, (losses, curve)
 
 
+def save_on_four(folder: str) -> dict:
+    torch.manual_seed(0)
+    model = cut(make_model("llama", tie_embeddings=True).train(), "2d")
+    optimizer = make_adamw(model, 1e-2)
+    train_step(model, optimizer, make_rows(0), "2d")
+    save_checkpoint(folder, model, optimizer, step=1)
+    return {**whole(model.state_dict()), **optimizer_tensors(model, optimizer)}
+
+
+def load_on_eight(folder: str) -> dict:
+    model, optimizer = fresh("fsdp", tied=True)
+    load_checkpoint(folder, model, optimizer)
+    return {**whole(model.state_dict()), **optimizer_tensors(model, optimizer)}
+
+
+def test_what_four_processes_saved_eight_load_bit_for_bit(tmp_path):
+    saved = launch(save_on_four, 4, str(tmp_path))[0]
+    for loaded in launch(load_on_eight, 8, str(tmp_path)):
+        assert equal(saved, loaded)
+
+
 def files_read(folder: str) -> list[str]:
     """The files that this rank opens to fill its part of a model."""
     from minllama.dist_checkpoint import pieces
