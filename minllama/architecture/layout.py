@@ -31,7 +31,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         # Layers share a layout, so a mask is made once. No field: a layout that is made
-        # from this one (`replace`) sees other keys, and FSDP copies fields to cast them.
+        # of this one (`replace`) sees other keys, and FSDP copies fields to cast them.
         object.__setattr__(self, "_masks", [])
 
     @property

@@ -4,6 +4,7 @@ Hashing, writing and fsync let go of Python's lock, so training is not held up b
 """
 
 import threading
+import traceback
 from pathlib import Path
 
 import torch
@@ -33,6 +34,8 @@ class PendingSave:
             self._path = write_and_commit(job)
         except BaseException as error:
             self._error = self._unseen = error
+            if not threading.main_thread().is_alive():  # nobody will ask any more
+                traceback.print_exc()
 
     def done(self) -> bool:
         """Whether it has ended, well or not."""

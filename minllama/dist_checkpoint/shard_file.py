@@ -82,9 +82,9 @@ def write_shard(path: Path, tensors: Iterable[Planned]) -> Written:
                 for tensor in tensors:
                     key, check = tensor.key, 0
                     for block in _blocks(tensor.read()):
-                        hashed = hasher.submit(_hash, digest, block, check)
+                        hashed = _beside(hasher, digest, block, check)
                         file.write(block)
-                        check = hashed.result()
+                        check = hashed()
                         folders.reached("within a file")
                     end = start + tensor.nbytes
                     places[key] = {"bytes": [start, end], "crc32": check}
@@ -125,6 +125,19 @@ def _blocks(tensor: Tensor) -> Iterable[memoryview]:
     data = memoryview(flat.numpy())  # type: ignore[arg-type]
     for start in range(0, len(data), BLOCK_BYTES):
         yield data[start : start + BLOCK_BYTES]
+
+
+def _beside(hasher: ThreadPoolExecutor, *work) -> Callable[[], int]:
+    """Hash while the caller writes; or at once, if the program has ended meanwhile.
+
+    A save in the background outlives the main thread, after which no executor takes
+    work any more.
+    """
+    try:
+        return hasher.submit(_hash, *work).result
+    except RuntimeError:
+        check = _hash(*work)
+        return lambda: check
 
 
 def _hash(digest, block: memoryview, check: int) -> int:

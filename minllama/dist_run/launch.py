@@ -13,6 +13,7 @@ a fork copies a process whose threads it does not copy: each starts bare, with n
 of this one but the function and its arguments.
 """
 
+import copy
 import inspect
 import io
 import os
@@ -43,8 +44,8 @@ def launch(
     Args:
         function: called with `args` in every process; `dist.get_rank()` tells which.
         world: processes.
-        args: tensors, numbers, strings, and lists, tuples, dicts of them; modules,
-            configs and functions too, if they can be pickled.
+        args: each process gets a copy. Tensors, numbers, strings, and lists, tuples,
+            dicts of them; modules, configs and functions too, if they can be pickled.
         timeout: seconds until all must have finished.
 
     Returns:
@@ -99,7 +100,7 @@ def _child(target: Any, args: tuple, rank: int, world: int, folder: str) -> None
         file = str(Path(folder, "store"))
         store = dist.FileStore(file, world)  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-        result = _call(target, args)
+        result = _call(target, copy.deepcopy(args))  # out of memory that all share
         dist.barrier()
         _write(Path(folder, f"result-{rank}"), result)
     except BaseException:

@@ -24,21 +24,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import (
-    PipelineStage,
-    Schedule1F1B,
-    ScheduleGPipe,
-    ScheduleInterleaved1F1B,
-)
 
 from minllama.architecture.data import IGNORE, Batch
 from minllama.architecture.layout import packed
 from minllama.dist_run.data_parallel import group_of
 
-SCHEDULES = {
-    "gpipe": ScheduleGPipe,
-    "1f1b": Schedule1F1B,
-    "interleaved": ScheduleInterleaved1F1B,
+SCHEDULES = {  # our word -> the class of torch.distributed.pipelining
+    "gpipe": "ScheduleGPipe",
+    "1f1b": "Schedule1F1B",
+    "interleaved": "ScheduleInterleaved1F1B",
 }
 
 ENDS = ("embed_tokens", "lm_head")  # share a weight if tied
@@ -109,6 +103,8 @@ class Pipeline:
         microbatches: int,
         stages: int,
     ) -> None:
+        from torch.distributed import pipelining  # a second that others need not wait
+
         self.group, self.microbatches, self.count = group, microbatches, 1
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         of = world * stages
@@ -121,12 +117,14 @@ class Pipeline:
         self.ends = dist.new_group(ends) if tied else None
         device = next(model.parameters()).device
         self.stages = [
-            PipelineStage(Stage(model, index, of), index, of, device, group=group)
+            pipelining.PipelineStage(
+                Stage(model, index, of), index, of, device, group=group
+            )
             for index in mine
         ]
         self.model = keep_layers(model, set(mine), of)
         one = self.stages[0] if schedule != "interleaved" else self.stages
-        self.schedule = SCHEDULES[schedule](
+        self.schedule = getattr(pipelining, SCHEDULES[schedule])(
             one,  # type: ignore[arg-type]
             microbatches,
             loss_fn=self._loss,

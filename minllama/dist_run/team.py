@@ -36,9 +36,9 @@ class MeshTeam(Team):
 
     def exchange(self, model: nn.Module, now: bool) -> None:
         """Gradients travel after the last backward pass of a step only."""
-        if hasattr(model, "gradient_exchange"):  # by hand
+        self.by_hand = model if hasattr(model, "gradient_exchange") else None
+        if self.by_hand is not None:
             set_exchange(model, now)
-            self.by_hand = model
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(now)
             model.set_is_last_backward(now)

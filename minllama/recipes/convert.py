@@ -29,6 +29,7 @@ from minllama.architecture.weights import (
 from minllama.architecture.weights_files import DTYPES, StoredWeights, check_dtype
 from minllama.architecture.weights_meta import save_meta
 from minllama.dist_checkpoint import consolidate, latest_checkpoint, split
+from minllama.dist_checkpoint.manifest import check_files, read_manifest
 
 FORMATS = ("hf", "meta", "checkpoint")
 MODEL_FILES = ("config.json", "params.json", "*.safetensors", "consolidated.*.pth")
@@ -83,7 +84,7 @@ def convert(
                 f"dtype={dtype} with format='checkpoint'; convert to hf first."
             )
         print(f"writing {split(found or source, target, shards)}")
-        return 0
+        return verify(target)
     if found is not None:
         return _convert_training(found, Path(target), dtype, format, shards)
     stored = open_weights(source)
@@ -136,6 +137,9 @@ def verify(folder: str | Path) -> int:
     Returns:
         The exit status: 0 if the model would load and all of its numbers are finite.
     """
+    found = find_training(folder)
+    if found is not None and (found / "manifest.json").is_file():
+        return _verify_training(found)
     try:
         stored = open_weights(folder)
         family = class_for(MinimalLlama, stored.config.model_type)
@@ -152,6 +156,20 @@ def verify(folder: str | Path) -> int:
     wrong, matched = _check_sums(stored.path)
     _print_check("checksums", wrong, f"{matched} match" if matched else "none to check")
     return 1 if lines or bad or wrong else 0
+
+
+def _verify_training(folder: Path) -> int:
+    """Every file of a checkpoint against the hash in its manifest."""
+    try:
+        manifest = read_manifest(folder)
+        check_files(folder, manifest, manifest["files"])
+    except ValueError as error:
+        print(f"broken     {error}")
+        return 1
+    step, world = manifest["step"], manifest["world"]
+    print(f"checkpoint {folder}: step {step}, saved by {world}")
+    _print_check("checksums", [], f"{len(manifest['files'])} match")
+    return 0
 
 
 def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -33,7 +33,7 @@ from minllama.architecture.dropout import add_dropout, remove_dropout
 from minllama.architecture.hooks import Curve, Progress, every
 from minllama.architecture.model import MinimalLlama
 from minllama.architecture.tokenizer import Tokenizer
-from minllama.architecture.train import Run, train, warmup_cosine
+from minllama.architecture.train import Run, next_token_loss, train, warmup_cosine
 from minllama.dist_checkpoint import (
     consolidate,
     latest_checkpoint,
@@ -43,6 +43,7 @@ from minllama.dist_checkpoint import (
 from minllama.dist_run.mesh import is_first
 from minllama.dist_run.timeline import save_trace
 from minllama.dist_run.watch import Watch, install_sigterm, should_stop
+from minllama.fast_ops import fast_loss, use_fast_ops
 from minllama.recipes.evaluate import evaluate_file
 from minllama.recipes.train_options import OPTIMIZERS, SAVE_DTYPES, TrainOptions
 from minllama.recipes.workers import Workers, build_model, start_workers
@@ -116,6 +117,7 @@ def run_training(options: TrainOptions) -> Run:
             schedule=warmup_cosine(steps, min(options.warmup, steps), floor=0.0),
             accumulate=options.accumulate,
             autocast=autocast,
+            loss=fast_loss if options.fast else next_token_loss,
             hooks=(
                 *_lookers(options, model.config, out, workers),
                 every(options.save_every, save),
@@ -295,6 +297,8 @@ def _prepare(options: TrainOptions, tok: Tokenizer, model: MinimalLlama) -> None
         if options.tokenizer is not None:  # its ends are those that the data will hold
             ends = () if tok.eos_id is None else (tok.eos_id,)
             model.config = replace(model.config, bos_id=tok.bos_id, eos_ids=ends)
+    if options.fast:
+        use_fast_ops(model)
     if options.dropout:
         add_dropout(model, options.dropout)
 
@@ -327,8 +331,9 @@ def _check_same(now: dict, out: Path) -> None:
         raise ValueError(f"{path} is missing beside a stopped run; begin with --fresh.")
     before = json.loads(path.read_text())
     free = (  # may change
-        "device", "valid", "save_every", "keep", "compile", "fresh", "out", "replicate",
-        "shard", "tensor", "checkpointing", "max_skipped", "hang_after", "profile",
+        "device", "valid", "save_every", "keep", "compile", "fast", "fresh", "out",
+        "replicate", "shard", "tensor", "checkpointing", "max_skipped", "hang_after",
+        "profile",
     )  # fmt: skip
     changed = [key for key in now if key not in free and now[key] != before.get(key)]
     if changed:

@@ -8,7 +8,9 @@ no process ever holds all of it.
 """
 
 import gc
+import logging
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -96,6 +98,7 @@ def start_workers(
         ValueError: no such device, or axes that do not fit the number of processes.
     """
     if world_size() > 1:
+        _quiet()
         kind = None if device is None else torch.device(device).type
         mesh = init_mesh(replicate, shard, tensor, kind)
         at = "cpu"
@@ -108,6 +111,15 @@ def start_workers(
             "process; start them: torchrun --nproc-per-node N -m minllama.recipes.train"
         )
     return Workers(check_device(device), None, Team())
+
+
+def _quiet() -> None:
+    """Two remarks that PyTorch makes in each rank and that ask nothing of a reader.
+
+    That logits must not be changed in place; that a norm over two axes takes two sums.
+    """
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
 def build_model(

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -360,3 +362,17 @@ def test_config_json_is_that_of_the_hub(tmp_path):
     path = save_checkpoint(tmp_path, make_model("qwen3"), step=1)
     config = read_config(path)
     assert config == tiny_config(head_dim=12, model_type="qwen3")
+
+
+def test_a_save_in_the_background_outlives_the_program(tmp_path):
+    """Nobody asked for its result: it is in force all the same."""
+    script = (
+        "import sys\nfrom minllama import MinimalLlama\n"
+        "from minllama.dist_checkpoint import async_save\n"
+        "model = MinimalLlama.from_pretrained('stories')\n"
+        "async_save(sys.argv[1], model, step=3)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not done.stderr
+    assert latest_checkpoint(tmp_path).name == "step-00000003"

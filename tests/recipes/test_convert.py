@@ -228,6 +228,13 @@ def test_a_training_checkpoint_becomes_a_folder_and_back(tmp_path, capsys):
     cut = {"format": "checkpoint", "shards": 3}
     assert convert(tmp_path / "hf", tmp_path / "cut", **cut) == 0
     assert convert(tmp_path / "cut", tmp_path / "meta", format="meta", shards=2) == 0
+    assert verify(tmp_path / "run/checkpoints") == 0
+    file = next((tmp_path / "cut").glob("*/*.safetensors"))
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    assert verify(tmp_path / "cut") == 1
+    assert "damaged" in capsys.readouterr().out
     tokens = torch.arange(1, 9)[None]
     for name in ("hf", "meta"):
         again = MinimalLlama.from_pretrained(tmp_path / name)
