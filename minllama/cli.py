@@ -4,8 +4,10 @@ import argparse
 import os
 import re
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 EPILOG = """\
@@ -14,6 +16,8 @@ examples
   minllama generate "The dragon" --temperature 0 --max-new-tokens 80
   minllama train --data my_texts/ --out runs/mine
   minllama generate "Once" --model runs/mine
+  minllama finetune --data pirate.txt --method lora --out runs/pirate --merge
+  torchrun --nproc-per-node 4 -m minllama.recipes.train --data my_texts/ --out runs/mine
   minllama evaluate --model stories-mini some_text.txt
   minllama info llama-3.2-1b
   minllama memory llama-3.2-1b --dtype int4 --batch-size 4 --bandwidth 4608
@@ -41,6 +45,7 @@ def generate(options: argparse.Namespace) -> None:
         stop=tuple(options.stop),
         seed=options.seed,
         device=options.device,
+        sharded=options.sharded,
     )
 
 
@@ -73,6 +78,15 @@ def train(options: argparse.Namespace) -> None:
 
     named = {field.name: getattr(options, field.name) for field in fields(TrainOptions)}
     run_training(TrainOptions(**named))
+
+
+def finetune(options: argparse.Namespace) -> None:
+    """Teach a model your text, answers or preferences."""
+    from minllama.recipes.finetune import run_finetuning
+    from minllama.recipes.finetune_options import FinetuneOptions
+
+    names = [field.name for field in fields(FinetuneOptions)]
+    run_finetuning(FinetuneOptions(**{name: getattr(options, name) for name in names}))
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -115,6 +129,7 @@ def verify(options: argparse.Namespace) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """All commands and their flags."""
+    from minllama.recipes.finetune_options import FinetuneOptions
     from minllama.recipes.memory import MemoryOptions
     from minllama.recipes.train import TrainOptions
 
@@ -139,7 +154,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     _add_generate(command(generate))
     _add_chat(command(chat))
-    _add_fields(command(train), TrainOptions)
+    sub = command(train)
+    sub.add_argument("--config", metavar="FILE", help="a TOML file of these flags")
+    _add_fields(sub, TrainOptions)
+    _add_fields(command(finetune), FinetuneOptions)
     sub = command(evaluate)
     sub.add_argument("file", help="a UTF-8 text, <|endoftext|> between documents")
     _add_model(sub)
@@ -147,13 +165,14 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("name", nargs="?", help="registered name, shipped name, or folder")
     _add_fields(command(memory), MemoryOptions)
     sub = command(convert)
-    sub.add_argument("source", help="whatever --model takes elsewhere")
+    sub.add_argument("source", help="what --model takes, or a training checkpoint")
     sub.add_argument("target", help="a new folder")
     sub.add_argument(
         "--dtype", help="float32, bfloat16, float16; as it is if not given"
     )
-    sub.add_argument("--format", default="hf", choices=("hf", "meta"), help="of target")
-    sub.add_argument("--shards", type=int, default=1, help="files of Meta's format")
+    kinds = ("hf", "meta", "checkpoint")
+    sub.add_argument("--format", default="hf", choices=kinds, help="of target")
+    sub.add_argument("--shards", type=int, default=1, help="files of meta, checkpoint")
     sub = command(verify)
     sub.add_argument("folder", help="of Hugging Face or Meta")
     return parser
@@ -170,6 +189,7 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     _add_sampling(sub)
     flag = sub.add_argument
     flag("--stop", action="append", default=[], help="end before this text; repeatable")
+    flag("--sharded", action="store_true", help="torchrun: by FSDP, not by matrices")
 
 
 def _add_chat(sub: argparse.ArgumentParser) -> None:
@@ -219,10 +239,35 @@ def _add_fields(sub: argparse.ArgumentParser, options: type) -> None:
         )
 
 
+def _with_config(arguments: list[str]) -> list[str]:
+    """`--config FILE.toml`: its lines as flags, before those that were typed.
+
+    Raises:
+        ValueError: no such file, or no TOML of plain values.
+    """
+    arguments = [part for a in arguments for part in (
+        a.split("=", 1) if a.startswith("--config=") else [a])]  # fmt: skip
+    if "--config" not in arguments[:-1]:
+        return arguments
+    at = arguments.index("--config")
+    path, flags = Path(arguments[at + 1]), []
+    try:
+        content = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no TOML file ({error}).") from None
+    for key, value in content.items():
+        if isinstance(value, (dict, list)):
+            raise ValueError(f"{path}: {key} is no plain value; write `{key} = …`.")
+        name = "--" + key.replace("_", "-")
+        flags += [name] * value if isinstance(value, bool) else [f"{name}={value}"]
+    return [*arguments[:1], *flags, *arguments[1:at], *arguments[at + 2 :]]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; a wrong value is told in one line, without a traceback."""
-    options = make_parser().parse_args(arguments)
     try:
+        given = _with_config(sys.argv[1:] if arguments is None else arguments)
+        options = make_parser().parse_args(given)
         return options.run(options) or 0
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

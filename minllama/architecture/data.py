@@ -11,7 +11,7 @@ Paper: Ding et al. 2024, "Fewer truncations improve language modeling", 2404.108
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from minllama.architecture.tokenizer import Tokenizer
 SEPARATOR = "<|endoftext|>"
 IGNORE = -100  # targets that do not count: padding, prompts
 OPEN_ROWS = 512  # rows that wait for a document that fits
+MARKED = np.dtype([("id", np.int64), ("learned", np.bool_)])  # a token of `mark`
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
         parts = (self.tokens, self.targets, self.positions)
-        return Batch(*(part.to(device, non_blocking=True) for part in parts))
+        return type(self)(*(part.to(device, non_blocking=True) for part in parts))
 
     def counted(self) -> Tensor:
         """How many targets count, as a 0-d tensor."""
@@ -89,6 +90,19 @@ def encode_documents(documents: Iterable[str], tok: Tokenizer) -> list[np.ndarra
     return [np.array(begin + tok.encode(text) + end, np.int64) for text in documents]
 
 
+def mark(ids: Sequence[int], learned: Sequence[bool]) -> np.ndarray:
+    """A document of which only some tokens are targets. (n,), (n,) -> (n,) of MARKED.
+
+    Example:
+        >>> prompt, answer = [5, 6], [7, 8]
+        >>> make_batch([[mark(prompt + answer, [False, False, True, True])]], 3).targets
+        tensor([[-100,    7,    8]])
+    """
+    document = np.empty(len(ids), MARKED)
+    document["id"], document["learned"] = ids, learned
+    return document
+
+
 class PackedBatches:
     """Endless batches of packed documents; the order of each epoch is its seed's.
 
@@ -96,7 +110,8 @@ class PackedBatches:
     resume with the very batch that would have come.
 
     Args:
-        documents: ids of each, begin and end tokens included (`encode_documents`).
+        documents: ids of each, begin and end tokens included (`encode_documents`); or
+            marked ones (`mark`), of which only the marked tokens are learned.
         batch_size: rows of a batch, B, over all ranks together.
         seq_len: tokens of a row, T.
         seed: of the shuffles.
@@ -168,7 +183,15 @@ class PackedBatches:
         self.batch += 1
         if self.batch >= self.batches_per_epoch():
             self.epoch, self.batch = self.epoch + 1, 0
-        return make_batch(taken[self.rank :: self.world], self.seq_len)
+        return self.lay_out(taken[self.rank :: self.world])
+
+    def arrange(self, documents: list[np.ndarray]) -> Iterable[list[np.ndarray]]:
+        """Seam: which documents share a row."""
+        return best_fit(documents, self.seq_len)
+
+    def lay_out(self, rows: list[list[np.ndarray]]) -> Batch:
+        """Seam: rows to tensors."""
+        return make_batch(rows, self.seq_len)
 
     def _epoch_rows(self) -> list[list[np.ndarray]]:
         """All rows of the epoch, each a list of documents. Made once an epoch."""
@@ -177,7 +200,7 @@ class PackedBatches:
             shuffled = [
                 self.documents[i] for i in order.permutation(len(self.documents))
             ]
-            rows = list(best_fit(shuffled, self.seq_len))
+            rows = list(self.arrange(shuffled))
             order.shuffle(rows)  # type: ignore[arg-type]
             self._rows = (self.epoch, rows)
         return self._rows[1]
@@ -222,10 +245,19 @@ def make_batch(rows: list[list[np.ndarray]], seq_len: int) -> Batch:
     positions = np.zeros((len(rows), seq_len), np.int64)
     for row, documents in enumerate(rows):
         at = 0
-        for ids in documents:
+        for document in documents:
+            ids, learned = _unmark(document)
             end = at + len(ids) - 1
-            tokens[row, at:end], targets[row, at:end] = ids[:-1], ids[1:]
+            tokens[row, at:end] = ids[:-1]
+            targets[row, at:end] = np.where(learned[1:], ids[1:], IGNORE)
             positions[row, at:end] = np.arange(end - at)
             at = end
         positions[row, at:] = np.arange(seq_len - at)
     return Batch(*(torch.from_numpy(part) for part in (tokens, targets, positions)))
+
+
+def _unmark(document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ids, and which of them are learned: all, if nothing is said."""
+    if document.dtype == MARKED:
+        return document["id"], document["learned"]
+    return document, np.ones(len(document), np.bool_)

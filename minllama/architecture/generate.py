@@ -193,12 +193,15 @@ def attention_for_growing_keys(tokens: Tensor) -> AbstractContextManager:
 
 def _seen_tokens(tokens: Tensor, lengths: Tensor | None, vocab_size: int) -> Tensor:
     """True for the tokens that stand in a row's prompt. (B, T) -> (B, V)."""
-    seen = torch.zeros(len(tokens), vocab_size, dtype=torch.bool, device=tokens.device)
+    V, device = vocab_size, tokens.device
+    seen = torch.zeros(len(tokens), V + 1, dtype=torch.bool, device=device)
+    tokens = tokens.clamp(max=V)  # ids of a learned prompt have no logit
     if lengths is None:
-        return seen.scatter_(1, tokens, True)
+        return seen.scatter_(1, tokens, True)[:, :V]
     at = torch.arange(tokens.size(1), device=tokens.device)
     first = tokens[:, :1]  # stands in every row, so padding may be counted as it
-    return seen.scatter_(1, torch.where(at < lengths[:, None], tokens, first), True)
+    tokens = torch.where(at < lengths[:, None], tokens, first)
+    return seen.scatter_(1, tokens, True)[:, :V]
 
 
 def generate(
@@ -321,8 +324,10 @@ def check_prompt(model: MinimalLlama, tokens: Tensor, max_new_tokens: int) -> No
     if tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise ValueError(f"tokens of dtype {tokens.dtype} must be whole-number ids.")
     config, worst = model.config, int(tokens.max())
-    if worst >= config.vocab_size or int(tokens.min()) < 0:
-        bad = worst if worst >= config.vocab_size else int(tokens.min())
+    # a learned prompt has ids beyond the vocabulary, and rows of the embedding for them
+    rows = max(config.vocab_size, getattr(model.embed_tokens, "num_embeddings", 0))
+    if worst >= rows or int(tokens.min()) < 0:
+        bad = worst if worst >= rows else int(tokens.min())
         raise ValueError(
             f"token {bad} is outside vocab_size={config.vocab_size}; tokenizer and "
             "model do not belong together."

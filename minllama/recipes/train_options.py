@@ -49,6 +49,7 @@ class TrainOptions:
         device: cpu, cuda, mps; the fastest if not given
         bf16: compute matrix products in bfloat16
         compile: compile each block with torch.compile
+        fast: Triton kernels and no logits (chapter fast_ops); needs a GPU to pay
         save_every: steps between checkpoints, from which a stopped run goes on
         keep: checkpoints that are kept, the newest
         save_dtype: of the weights in the end: float32, bfloat16 or float16
@@ -88,6 +89,7 @@ class TrainOptions:
     device: str | None = None
     bf16: bool = False
     compile: bool = False
+    fast: bool = False
     save_every: int = 200
     keep: int = 2
     save_dtype: str = "float32"

@@ -1,0 +1,436 @@
+"""Adapters on one GPU: training steps against PEFT's, rows mixed against one merged.
+
+    python benchmarks/bench_peft.py [--smoke] [--cases lora dora ia3 rows] [--out DIR]
+
+Training: one text a row, so plain causal attention; no activation checkpointing; base
+and adapters in bfloat16; fused AdamW over the adapters; the mean loss of the same
+tokens. All contestants share the base's memory and take turns; the peak is that of one
+step, less what the others hold. Peers: PEFT over transformers, eager; with Liger's
+kernels and its linear loss; either compiled layer by layer.
+
+Mixed rows: 8 rows, each with its own adapter of rank 16 on all linear layers, against
+the same model with nothing beside its weights, as after `merge`: the prompt eagerly,
+and decoding in a captured graph.
+
+Prediction. A step of an 8B model over 4,096 tokens is 2 x 2 x 7.5e9 x 4,096 = 123
+TFLOP of products with frozen weights, 0.17 s at 720 TFLOP/s, whoever runs it. What
+differs is the rest, so nobody is far ahead of a compiled peer. A captured step of 1B
+gains 11 small kernels a layer of about 2 us, 0.35 ms.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import record
+from minllama.architecture.accounting_training import TrainingStep
+from minllama.architecture.cache import StaticCaches
+from minllama.architecture.config import LlamaConfig
+from minllama.architecture.model import MinimalLlama
+from minllama.fast_ops import linear_cross_entropy, use_fast_ops
+from minllama.peft import (
+    Plan,
+    adapter_memory,
+    add_dora,
+    add_ia3,
+    add_lora,
+    mix_adapters,
+    set_rows,
+    trainable_parameters,
+)
+
+GIB = 2**30
+RANK = 16
+TINY = LlamaConfig(
+    vocab_size=512, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=128
+)
+ADD = {
+    "lora": lambda m: add_lora(m, RANK, RANK, "all-linear"),
+    "dora": lambda m: add_dora(m, RANK, RANK, "all-linear"),
+    "ia3": add_ia3,
+}
+OURS = {  # name: fused operators, compiled blocks; all but the first: the linear loss
+    "ours: eager": (False, False),
+    "ours: fast_ops": (True, False),
+    "ours: compiled": (False, True),
+    "ours: fast_ops + compiled": (True, True),
+}
+THEIRS = {  # name: Liger's kernels, compiled layers, Liger's linear loss
+    "peft: eager": (False, False, False),
+    "peft: Liger": (True, False, True),
+    "peft: Liger + compiled": (True, True, True),
+    "peft: compiled + Liger's loss": (False, True, True),
+}
+
+
+@dataclass
+class Contestant:
+    """A model with an adapter, and what its step is."""
+
+    name: str
+    model: nn.Module
+    loss: Callable[[Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+
+    def step(self, tokens: Tensor) -> float:
+        loss = self.loss(tokens)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())  # waits
+
+    def resident(self) -> int:
+        """Bytes of weights and optimizer states."""
+        states = [t for s in self.optimizer.state.values() for t in s.values()]
+        held = [*self.model.parameters(), *self.model.buffers(), *states]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in held}
+        return sum(storage.nbytes() for storage in storages.values())
+
+
+def build(config: LlamaConfig, device: str, dtype: torch.dtype) -> MinimalLlama:
+    """Random weights, made where they will be."""
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return MinimalLlama.from_config(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def adamw(model: nn.Module) -> torch.optim.AdamW:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+
+def our_contestant(name: str, method: str, base: MinimalLlama) -> Contestant:
+    fast, compiled = OURS[name]
+    with torch.device("meta"):
+        model = MinimalLlama.from_config(base.config)
+    model.load_state_dict(base.state_dict(), assign=True)  # the same memory
+    model.tie_weights()
+    ADD[method](model)
+    if fast:
+        use_fast_ops(model)
+    if compiled:
+        for block in model.layers:
+            block.compile()
+
+    def loss(tokens: Tensor) -> Tensor:
+        inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
+        if not (fast or compiled):
+            logits = model(inputs).flatten(0, 1).float()
+            return F.cross_entropy(logits, targets.flatten())
+        hidden = model.hidden_states(inputs)
+        return linear_cross_entropy(hidden, model.lm_head.weight, targets)
+
+    return Contestant(name, model.train(), loss, adamw(model))
+
+
+def transformers_twin(base: MinimalLlama):
+    """transformers' model over the same memory."""
+    import transformers
+
+    c, weight = base.config, base.embed_tokens.weight
+    config = transformers.LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_dim,
+        num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+        num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, rms_norm_eps=c.norm_eps,
+        max_position_embeddings=c.max_seq_len, tie_word_embeddings=c.tie_embeddings,
+        rope_parameters={
+            "rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_theta
+        },
+        bos_token_id=None, eos_token_id=None, attn_implementation="sdpa",
+    )  # fmt: skip
+    with torch.device("meta"):
+        twin = transformers.LlamaForCausalLM(config)
+    state = {
+        name if name.startswith("lm_head") else f"model.{name}": tensor
+        for name, tensor in base.state_dict().items()
+    }
+    twin.load_state_dict(state, assign=True)
+    with torch.device(weight.device):
+        twin.model.rotary_emb = type(twin.model.rotary_emb)(config=config)
+    return twin
+
+
+def peft_config(method: str):
+    import peft
+
+    if method == "ia3":
+        return peft.IA3Config(
+            target_modules=["k_proj", "v_proj", "down_proj"],
+            feedforward_modules=["down_proj"],
+        )
+    return peft.LoraConfig(
+        r=RANK, lora_alpha=RANK, use_dora=method == "dora",
+        target_modules="all-linear", task_type="CAUSAL_LM",
+    )  # fmt: skip
+
+
+def their_contestant(name: str, method: str, base: MinimalLlama) -> Contestant:
+    import peft
+    from transformers.models.llama import modeling_llama
+
+    kernels, compiled, linear = THEIRS[name]
+    rotate = modeling_llama.apply_rotary_pos_emb  # Liger replaces it for all models
+    twin = transformers_twin(base)
+    if linear:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(
+            model=twin, rope=kernels, rms_norm=kernels, swiglu=kernels
+        )
+    own = modeling_llama.apply_rotary_pos_emb
+    modeling_llama.apply_rotary_pos_emb = rotate
+    with torch.device(base.embed_tokens.weight.device):
+        model = peft.get_peft_model(
+            twin, peft_config(method), autocast_adapter_dtype=False
+        )
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.to(base.embed_tokens.weight.dtype)
+    if compiled:
+        for layer in twin.model.layers:
+            layer.compile()
+
+    def loss(tokens: Tensor) -> Tensor:
+        modeling_llama.apply_rotary_pos_emb = own
+        try:
+            out = model(
+                input_ids=tokens[:, :-1], labels=tokens[:, :-1],
+                shift_labels=tokens[:, 1:].contiguous(), use_cache=False,
+            )  # fmt: skip
+            return out.loss
+        finally:
+            modeling_llama.apply_rotary_pos_emb = rotate
+
+    return Contestant(name, model.train(), loss, adamw(model))
+
+
+def contestants(method: str, base: MinimalLlama, cuda: bool) -> Iterator[Contestant]:
+    """Those that run here; a peer that does not says why."""
+    for name in OURS:
+        if OURS[name][1] and not cuda:
+            continue  # compiling takes a minute there
+        if method == "lora" or name != "ours: fast_ops + compiled":
+            yield our_contestant(name, method, base)
+    for name, (_, compiled, linear) in THEIRS.items():
+        if (compiled or linear) and not cuda:
+            continue  # Liger's kernels need a GPU
+        if method != "lora" and name.startswith("peft: compiled"):
+            continue
+        try:
+            yield their_contestant(name, method, base)
+        except Exception as error:
+            print(f"{name} {method}: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_of(one: Contestant, tokens: Tensor) -> tuple[int, int]:
+    """Bytes of one step at its fullest, and after the forward pass; its own only."""
+    if not tokens.is_cuda:
+        return 0, 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    others = torch.cuda.memory_allocated() - one.resident()
+    loss = one.loss(tokens)
+    held = torch.cuda.memory_allocated() - others
+    del loss
+    one.step(tokens)
+    return torch.cuda.max_memory_allocated() - others, held
+
+
+def warmed_up(
+    method: str, base: MinimalLlama, tokens: Tensor
+) -> Iterator[tuple[Contestant, float]]:
+    """Those that run, each after two steps, with the loss of the first."""
+    torch.compiler.reset()
+    for one in contestants(method, base, tokens.is_cuda):
+        start = time.perf_counter()
+        try:
+            first = one.step(tokens)
+            one.step(tokens)
+        except Exception as error:  # one that fails does not lose the others
+            print(f"{one.name}: {type(error).__name__}: {error}", file=sys.stderr)
+            continue
+        print(f"{method}, {one.name}: ready in {time.perf_counter() - start:.1f} s")
+        yield one, first
+
+
+def take_turns(runs: dict[str, Callable], repeats: int, many: int = 1) -> dict:
+    """Name to seconds of each turn, `many` runs a turn."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            wait()
+            start = time.perf_counter()
+            for _ in range(many):
+                run()
+            wait()
+            times[name].append((time.perf_counter() - start) / many)
+    return times
+
+
+def predicted(config: LlamaConfig, method: str, tokens: Tensor, dtype: str) -> int:
+    """Bytes of weights, optimizer and activations, held after the forward pass.
+
+    Of what an eager step without checkpointing keeps, up to the loss; what its
+    operators need beside that while they run is not predicted.
+    """
+    B, T = len(tokens), tokens.size(1) - 1
+    step = TrainingStep(
+        batch_size=B, seq_len=T, packed=False, device=tokens.device.type, dtype=dtype
+    )
+    parts = adapter_memory(config, step, Plan(method=method, rank=RANK))
+    return sum(parts.values()) - parts["gradients"]
+
+
+def training_case(method: str, options: argparse.Namespace) -> list[dict]:
+    """A row a contestant: medians of steps that take turns, bytes of one step."""
+    config = TINY if options.smoke else LlamaConfig.from_name(options.model)
+    dtype = torch.float32 if options.smoke else torch.bfloat16
+    name = str(dtype).removeprefix("torch.")
+    base = build(config, options.device, dtype)
+    B, T = (2, 17) if options.smoke else (options.batch_size, options.seq_len)
+    tokens = torch.randint(0, config.vocab_size, (B, T + 1), device=options.device)
+    ready = list(warmed_up(method, base, tokens))
+    runs = {one.name: lambda one=one: one.step(tokens) for one, _ in ready}
+    times = take_turns(runs, options.repeats)
+    medians = {who: statistics.median(turns) for who, turns in times.items()}
+    peers = [t for who, t in medians.items() if who.startswith("peft")]
+    rows = []
+    for one, first in ready:
+        peak, held = peak_of(one, tokens)
+        s, turns, eager = medians[one.name], times[one.name], one.name == "ours: eager"
+        foreseen = f"{predicted(config, method, tokens, name) / GIB:.3f}"
+        rows.append({
+            "case": method, "who": one.name, "batch": B, "tokens": T, "dtype": name,
+            "ms": f"{s * 1e3:.2f}", "tokens_per_s": f"{B * T / s:.0f}",
+            "spread": f"{(max(turns) - min(turns)) / s:.1%}",
+            "times_best_peer": f"{min(peers) / s:.3f}" if peers else "",
+            "peak_GiB": f"{peak / GIB:.2f}", "after_forward_GiB": f"{held / GIB:.3f}",
+            "predicted_after_forward_GiB": foreseen if eager else "",
+            "trained": trainable_parameters(one.model), "first_loss": f"{first:.4f}",
+        })  # fmt: skip
+    return rows
+
+
+def capture(step: Callable[[], None]) -> Callable[[], None]:
+    """The step's kernels in a graph, which is replayed; on a CPU the step itself."""
+    if not torch.cuda.is_available():
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(), step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def generation(model: MinimalLlama, prompt: Tensor) -> dict[str, Callable]:
+    """Reading a prompt (eager), and a step behind it (captured)."""
+    B, T = prompt.shape
+    caches = model.new_caches(B, T + 1, kind=StaticCaches)
+    token = model(prompt, caches=caches, at=-1).argmax(-1)
+
+    def prefill() -> None:
+        model(prompt, caches=model.new_caches(B, T), at=-1).argmax(-1)
+
+    def step() -> None:
+        token.copy_(model(token, caches=caches).argmax(-1))
+        caches.lengths.fill_(T)  # so that every step is the same
+
+    return {"prefill": prefill, "decode": capture(step)}
+
+
+def mixed_model(model: MinimalLlama, rows: int) -> MinimalLlama:
+    """As many adapters as rows, each row its own; B is random, so that it counts."""
+    for n in range(rows):
+        add_lora(model, RANK, RANK, "all-linear", name=f"n{n}")
+    mix_adapters(model)
+    for layer in model.modules():
+        if hasattr(layer, "row_b"):
+            layer.b.normal_(std=0.01)
+    return set_rows(model, list(range(rows)))
+
+
+@torch.no_grad()
+def rows_case(options: argparse.Namespace) -> list[dict]:
+    """8 rows with 8 adapters, as a share of one merged model's speed."""
+    config = TINY if options.smoke else LlamaConfig.from_name("llama-3.2-1b")
+    dtype = torch.float32 if options.smoke else torch.bfloat16
+    B, T = 8, 16 if options.smoke else 512
+    prompt = torch.randint(0, config.vocab_size, (B, T), device=options.device)
+    rows = []
+    for fast in (False, True):
+        runs = {}
+        for who in ("merged", "mixed"):
+            model = build(config, options.device, dtype).eval()
+            model = mixed_model(model, B) if who == "mixed" else model
+            model = use_fast_ops(model) if fast else model
+            runs[who] = generation(model, prompt)
+        for what, many in (("prefill", 3), ("decode", 20)):
+            doing = {who: run[what] for who, run in runs.items()}
+            take_turns(doing, 2, many)  # warm-up
+            times = take_turns(doing, options.repeats, many)
+            middle = {who: statistics.median(turns) for who, turns in times.items()}
+            for who, s in middle.items():
+                rows.append({
+                    "case": f"rows {what}", "who": f"{who}{': fast_ops' * fast}",
+                    "batch": B, "tokens": T, "dtype": str(dtype).removeprefix("torch."),
+                    "ms": f"{s * 1e3:.3f}",
+                    "share_of_merged": f"{middle['merged'] / s:.1%}",
+                })  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="seconds, writes nothing")
+    parser.add_argument("--cases", nargs="+", default=["lora", "rows", "dora", "ia3"])
+    parser.add_argument("--model", default="llama-3.1-8b")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--seq-len", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", default=str(record.RESULTS))
+    options = parser.parse_args()
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    rows: list[dict] = []
+    for case in options.cases:
+        try:
+            rows += (
+                rows_case(options) if case == "rows" else training_case(case, options)
+            )
+        except Exception:  # one case that fails does not lose the others
+            traceback.print_exc()
+            continue
+        keys = list(dict.fromkeys(key for row in rows for key in row))
+        full = [{key: row.get(key, "") for key in keys} for row in rows]
+        print(record.table([row for row in full if row["case"].startswith(case)]))
+        if not options.smoke:
+            record.write(
+                f"peft_{options.device}", full, options.device, Path(options.out)
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""LoRA's layers: around a linear layer, and around an embedding.
+
+    y = base(x) + s B A x        s = alpha / r, or alpha / sqrt(r)
+
+The scale is folded into the small product: neither pass touches a tensor of the
+output's width once more than the sum needs.
+Paper: Hu et al. 2021, arXiv:2106.09685, section 4.1.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minllama.peft.adapter import Adapter, Spec
+
+
+def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """y + scale B A x. (…, out), (…, in), (r, in), (out, r) -> (…, out).
+
+    A and B may be wider types than x (float32 beside bfloat16): products are in x's.
+    """
+    low = F.linear(x, a.to(x.dtype))  # (…, r)
+    if type(y) is Tensor and y.dim() > 1:  # one product that also adds
+        rows = low.flatten(0, -2)
+        up = b.to(low.dtype).t()
+        return torch.addmm(y.flatten(0, -2), rows, up, alpha=scale).view(y.shape)
+    return y + F.linear(low * scale, b.to(low.dtype))  # sharded: each step propagates
+
+
+def is_bare(layer: nn.Module, x: Tensor) -> bool:
+    """Whether it is a linear layer of (n, in) whose output nobody else looks at."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks
+    return type(layer) is nn.Linear and not hooks and type(x) is Tensor and x.dim() > 1
+
+
+def linear_with_low_rank(
+    layer: nn.Module, x: Tensor, dropped: Tensor, a: Tensor, b: Tensor, scale: float
+) -> Tensor:
+    """layer(x) + scale B A dropped. (…, in) twice, (r, in), (out, r) -> (…, out).
+
+    The change is added into the layer's output where that is safe: no copy of it. On
+    rows (n, in), since autograd would copy gradients of a view that is written to.
+    """
+    if not is_bare(layer, x):
+        return add_low_rank(layer(x), dropped, a, b, scale)
+    y = layer(x.flatten(0, -2))
+    low = F.linear(dropped.flatten(0, -2), a.to(x.dtype))
+    y.addmm_(low, b.to(low.dtype).t(), alpha=scale)
+    return y.view(*x.shape[:-1], -1)
+
+
+class LowRank(Adapter):
+    """What both share: A (r, in), B (out, r), and their scale."""
+
+    adds = True
+
+    def __init__(self, base: nn.Module, spec: Spec, rank: int, alpha: float) -> None:
+        super().__init__(base, spec)
+        self.rank, self.alpha = rank, alpha
+        rslora = spec.settings.get("rslora", False)
+        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+
+    def make(self, d_out: int, d_in: int, place: dict) -> None:
+        """A and B, without numbers yet."""
+        self.a = nn.Parameter(torch.empty(self.rank, d_in, **place))
+        self.b = nn.Parameter(torch.empty(d_out, self.rank, **place))
+
+    def trained(self) -> list[nn.Parameter]:
+        return [self.b] if self.spec.settings.get("freeze_a") else [self.a, self.b]
+
+    def change(self) -> Tensor:
+        """What is added to the weight: s B A, (out, in), in float32 or wider."""
+        wide = torch.promote_types(self.a.dtype, torch.float32)
+        return self.strength * self.scale * (self.b.to(wide) @ self.a.to(wide))
+
+
+class LoRALinear(LowRank):
+    """`base(x)` plus a trainable low-rank path. (…, in) -> (…, out)."""
+
+    def __init__(
+        self, base: nn.Module, spec: Spec, rank: int, alpha: float, place: dict
+    ) -> None:
+        super().__init__(base, spec, rank, alpha)
+        self.make(self.out_features, self.in_features, place)
+        self.dropout = nn.Dropout(spec.settings.get("dropout", 0.0))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A uniform within 1 / sqrt(in), as a new linear layer's weight; B zero."""
+        if self.spec.settings.get("init") == "gaussian":
+            nn.init.normal_(self.a, std=1 / self.rank)
+        else:
+            nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        nn.init.zeros_(self.b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.strength == 0:
+            return self.base(x)
+        scale = self.scale * self.strength
+        return linear_with_low_rank(
+            self.base, x, self.dropout(x), self.a, self.b, scale
+        )
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """W + s B A."""
+        return weight + self.change(), bias
+
+
+class LoRAEmbedding(LowRank):
+    """An embedding whose rows change together: E + s (B A)^T. (B, T) -> (B, T, D).
+
+    Here A (r, V) starts at zero: most of its columns belong to tokens that never come,
+    and have no gradient.
+    """
+
+    def __init__(
+        self, base: nn.Module, spec: Spec, rank: int, alpha: float, place: dict
+    ) -> None:
+        super().__init__(base, spec, rank, alpha)
+        self.make(self.embedding_dim, self.num_embeddings, place)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A zero; B normal."""
+        nn.init.zeros_(self.a)
+        nn.init.normal_(self.b)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y = self.base(tokens)
+        if self.strength == 0:
+            return y
+        low = F.embedding(tokens, self.a.t()).to(y.dtype)  # (B, T, r)
+        scale = self.scale * self.strength
+        return y + F.linear(low * scale, self.b.to(y.dtype))
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """E + s (B A)^T."""
+        return weight + self.change().t(), bias

@@ -1,0 +1,227 @@
+"""Several adapters in one batch: each row takes its own.
+
+    y[i] = W x[i] + B[n_i] A[n_i] x[i]      n_i: the adapter of row i
+
+`mix_adapters` stacks the adapters of each layer; `set_rows` gathers the rows' A and B
+into tensors whose addresses stay, so that a step, captured in a graph or not, costs two
+small batched products a layer and never looks at an id. Layers that read the same input
+(queries, keys and values; gate and up) share the first product.
+
+Serving many adapters over one base: Punica, Chen et al. 2023, arXiv:2310.18547; S-LoRA,
+Sheng et al. 2023, 2311.03285.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from minllama.peft.adapter import Adapter, Spec, adapters, specs
+from minllama.peft.attach import wrap
+from minllama.peft.base import innermost
+from minllama.peft.lora_layers import LoRALinear
+from minllama.peft.targets import outer_modules
+
+MIXED = "mixed"
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class Siblings:
+    """Layers that read one input: their A side by side, and what it makes of x."""
+
+    def __init__(self) -> None:
+        self.layers: list[RowLoRALinear] = []
+        self.a: Tensor | None = None  # (B, R, in): the rows', R the sum of ranks
+        self.x: Tensor | None = None
+        self.low: tuple[Tensor, ...] = ()
+
+    def gather(self, ids: Tensor | None) -> None:
+        """Take the rows' A and B; into the same memory if the rows are as many."""
+        self.x, self.low = None, ()
+        if ids is None:
+            self.a = None
+            return
+        self.a = _into(self.a, torch.cat([one.a[ids] for one in self.layers], dim=1))
+        for layer in self.layers:
+            layer.row_b = _into(layer.row_b, layer.b[ids].transpose(1, 2).contiguous())
+
+    def down(self, x: Tensor, layer: "RowLoRALinear") -> Tensor:
+        """A x for one layer, (B, T, r): made once for all that ask with the same x."""
+        assert self.a is not None
+        if self.x is not x:
+            ranks = [one.b.size(-1) for one in self.layers]
+            self.low = torch.bmm(x, self.a.transpose(1, 2)).split(ranks, dim=-1)
+            self.x = x
+        low = self.low[self.layers.index(layer)]
+        if layer is self.layers[-1]:  # the last to ask: nothing is kept alive
+            self.x, self.low = None, ()
+        return low
+
+
+class RowLoRALinear(Adapter):
+    """`base(x)` plus, in each row, the path of that row's adapter. (B, T, in) only."""
+
+    def __init__(self, base: nn.Module, spec: Spec, own: dict[str, LoRALinear]) -> None:
+        super().__init__(base, spec)
+        names: list[str] = spec.settings["names"]
+        some = next(iter(own.values()))
+        rank = max(one.rank for one in own.values())
+        n = len(names)  # and one more, of zeros: a row without adapter
+        a = some.a.new_zeros(n + 1, rank, some.in_features)
+        b = some.b.new_zeros(n + 1, some.out_features, rank)
+        for name, one in own.items():
+            at = names.index(name)
+            a[at, : one.rank] = one.a.detach()
+            b[at, :, : one.rank] = one.b.detach() * one.scale
+        self.a = nn.Parameter(a, requires_grad=False)
+        self.b = nn.Parameter(b, requires_grad=False)
+        self.row_b: Tensor | None = None  # (B, r, out)
+        self.siblings = Siblings()
+
+    def trained(self) -> list[nn.Parameter]:
+        return []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if self.row_b is None or self.strength == 0:
+            return y
+        if x.dim() != 3 or x.size(0) != self.row_b.size(0):
+            raise ValueError(
+                f"x of shape {tuple(x.shape)} does not fit {self.row_b.size(0)} rows; "
+                "set_rows with an adapter for each row of the batch."
+            )
+        low = self.siblings.down(x, self)
+        if torch.is_grad_enabled():
+            return torch.baddbmm(y, low, self.row_b)
+        return y.baddbmm_(low, self.row_b)  # one product that also adds
+
+
+def mix_adapters(model: nn.Module, names: Sequence[str] | None = None) -> nn.Module:
+    """Stack LoRA adapters of a model, so that each row of a batch may take its own.
+
+    The adapters themselves are gone from the model then: save them before.
+
+    Args:
+        model: with LoRA adapters, changed in place and returned.
+        names: in the order of their numbers; None: all, in the order they came.
+
+    Raises:
+        ValueError: no adapter, an unknown name, or one that is no plain LoRA of linear
+            layers.
+    """
+    there = specs(model)
+    names = list(there) if names is None else list(names)
+    unknown = [name for name in names if name not in there]
+    if unknown or not names:
+        raise ValueError(
+            f"names={names} must be some of {', '.join(there) or 'none at all'}."
+        )
+    for at, one in adapters(model).items():
+        if type(one) is not LoRALinear:
+            raise ValueError(
+                f"{at} of adapter {one.spec.name!r} is a {type(one).__name__}; rows "
+                "mix plain LoRA of linear layers only; give it a batch of its own."
+            )
+    tops = {at: m for at, m in outer_modules(model).items() if isinstance(m, Adapter)}
+    spec = Spec(MIXED, MIXED, {"names": names})
+    chains = {at: _chain(top, names) for at, top in tops.items()}
+    for at, top in tops.items():
+        model.set_submodule(at, innermost(top))
+    own = {at: chain for at, chain in chains.items() if chain}
+    wrap(model, list(own), lambda at, base: RowLoRALinear(base, spec, own[at]))
+    _share(model, list(own))
+    return model
+
+
+def _chain(top: nn.Module, names: list[str]) -> dict[str, LoRALinear]:
+    found = {}
+    while isinstance(top, LoRALinear):
+        if top.spec.name in names:
+            found[top.spec.name] = top
+        top = top.base
+    return found
+
+
+def _share(model: nn.Module, places: list[str]) -> None:
+    """Let layers of one parent that read the same input know of each other."""
+    groups: dict[tuple, Siblings] = {}
+    for at in places:
+        parent, _, leaf = at.rpartition(".")
+        kin = next((kin for kin in SIBLINGS if leaf in kin), (leaf,))
+        group = groups.setdefault((parent, kin), Siblings())
+        layer = model.get_submodule(at)
+        assert isinstance(layer, RowLoRALinear)
+        layer.siblings = group
+        group.layers.append(layer)
+
+
+def set_rows(
+    model: nn.Module, rows: Sequence[str | int | None] | Tensor | None
+) -> nn.Module:
+    """Say which adapter each row of the next batches takes, until it is said again.
+
+    A captured graph goes on to be valid if the number of rows stays.
+
+    Args:
+        model: of `mix_adapters`.
+        rows: a name or number a row, None or -1 for the base alone; or a tensor (B,) of
+            numbers. None: no adapter in any batch.
+
+    Raises:
+        ValueError: no such adapter, or the model is not mixed.
+    """
+    layers = [m for m in model.modules() if isinstance(m, RowLoRALinear)]
+    if not layers:
+        raise ValueError("the model mixes no adapters; call mix_adapters first.")
+    ids = None
+    if rows is not None:
+        names: list[str] = layers[0].spec.settings["names"]
+        ids = _numbers(rows, names).to(layers[0].a.device)
+        ids = torch.where(ids < 0, len(names), ids)
+    with torch.inference_mode(False), torch.no_grad():
+        for group in {id(m.siblings): m.siblings for m in layers}.values():
+            group.gather(ids)
+            if ids is None:
+                for layer in group.layers:
+                    layer.row_b = None
+    return model
+
+
+def _numbers(rows: Sequence[str | int | None] | Tensor, names: list[str]) -> Tensor:
+    if isinstance(rows, Tensor):
+        return rows.long()
+    numbers = []
+    for row in rows:
+        number = -1 if row is None else names.index(row) if row in names else row
+        if not isinstance(number, int) or not -1 <= number < len(names):
+            raise ValueError(
+                f"row {row!r} is no adapter; they are {', '.join(names)}, by name or "
+                f"by number 0 to {len(names) - 1}, and None for the base alone."
+            )
+        numbers.append(number)
+    return torch.tensor(numbers)
+
+
+@contextmanager
+def adapter_rows(
+    model: nn.Module, rows: Sequence[str | int | None] | Tensor
+) -> Iterator[nn.Module]:
+    """`set_rows` for a while.
+
+    Example:
+        with adapter_rows(model, ["anna", None, "bob"]):
+            logits = model(tokens)  # (3, T, V)
+    """
+    set_rows(model, rows)
+    try:
+        yield model
+    finally:
+        set_rows(model, None)
+
+
+def _into(old: Tensor | None, new: Tensor) -> Tensor:
+    """`new`, in the memory of `old` if that fits."""
+    if old is None or old.shape != new.shape or old.dtype != new.dtype:
+        return new
+    return old.copy_(new)

@@ -1,0 +1,277 @@
+"""Fine-tune a model on text, instructions, conversations or preferences.
+
+A small adapter learns beside the frozen model (or all of it does, with --method full);
+the folder then holds the adapter in the PEFT library's format. What is held out is
+scored before and after. A run that was stopped goes on where it was when the same
+command is given again.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minllama.architecture.data import (
+    PackedBatches,
+    encode_documents,
+    read_documents,
+)
+from minllama.architecture.hooks import Curve, Progress, every
+from minllama.architecture.model import MinimalLlama
+from minllama.architecture.optim import make_adamw
+from minllama.architecture.tokenizer import Tokenizer
+from minllama.architecture.train import Run, next_token_loss, train, warmup_cosine
+from minllama.peft import merge, save_adapter, trainable_parameters
+from minllama.peft.dpo import (
+    PairBatches,
+    PreferenceLoss,
+    dpo_loss,
+    ipo_loss,
+    score_preferences,
+)
+from minllama.peft.instruct import (
+    PLAIN,
+    Encoded,
+    check_format,
+    encode_conversations,
+    encode_preferences,
+)
+from minllama.peft.records import is_records, read_conversations, read_preferences
+from minllama.peft.sft import held_out_loss, load_learned, save_learned, with_prompt
+from minllama.recipes.chat import converses
+from minllama.recipes.finetune_options import DTYPES, METHODS, FinetuneOptions
+from minllama.recipes.generate import check_device, tokenizer_of
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned and how it is scored: texts and answers, or preferences."""
+
+    learn: list  # documents, or pairs of them
+    held: list
+    row: int  # tokens of a row
+    loss: Callable
+    batches: type[PackedBatches]
+    score: Callable[[MinimalLlama], dict[str, float]]
+
+
+def run_finetuning(options: FinetuneOptions) -> Run:
+    """All of it: data, model, adapter, score, loop, score, files.
+
+    Raises:
+        ValueError: options that contradict each other, the model or the data.
+    """
+    device = check_device(options.device)
+    out = Path(options.out).resolve()
+    state = out / "training_state.pt"
+    resumes = state.exists() and not options.fresh
+    model = MinimalLlama.from_pretrained(options.model, dtype=DTYPES[options.dtype])
+    tok = tokenizer_of(options.model)
+    _check_length(options, model)
+    read = [_read(path, options, model, tok) for path in _files(options)]
+    facts = {**asdict(options), "data_sha256": _digest([d for r in read for d in r[0]])}
+    if resumes:
+        _check_same(facts, out)
+    torch.manual_seed(options.seed)  # adapters are drawn alike when a run goes on
+    METHODS[options.method].add(model.to(device), options)
+    task = _task(options, model, read)
+    run = _new_run(options, model, task)
+    _tell(options, run, task, device)
+    before = task.score(model)
+    print(f"before: {_words(before)}")
+    if resumes:
+        load_learned(run, state)
+        print(f"going on from step {run.step} of {run.steps} ({state})")
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(out / "options.json", facts)
+    _train(options, run, task, state)
+    after = task.score(model)
+    print(f"after:  {_words(after)}")
+    _write_json(out / "scores.json", {"before": before, "after": after})
+    if any(in_turns for _, in_turns in read):  # it was taught to end its turns
+        ends = sorted({*model.config.eos_ids, *tok.stop_ids})
+        model.config = replace(model.config, eos_ids=tuple(ends))
+    _save(options, model, tok, out)
+    state.unlink()  # the run is complete
+    return run
+
+
+def _new_run(options: FinetuneOptions, model: MinimalLlama, task: Task) -> Run:
+    """The run at its beginning."""
+    batches = task.batches(task.learn, options.batch_size, task.row, options.seed)
+    steps = options.steps
+    if steps is None:
+        whole = options.epochs * batches.batches_per_epoch() / options.accumulate
+        steps = max(1, round(whole))
+    lr = options.lr or METHODS[options.method].lr / (3 if options.dpo else 1)
+    return Run(model, make_adamw(model, lr, options.weight_decay), batches, steps)
+
+
+def _train(options: FinetuneOptions, run: Run, task: Task, state: Path) -> None:
+    """The hub's loop, with a training state now and then."""
+    autocast = torch.bfloat16 if options.bf16 else None
+    train(
+        run.model,
+        run.optimizer,
+        run.batches,
+        run.steps,
+        schedule=warmup_cosine(run.steps, round(options.warmup * run.steps), floor=0.0),
+        loss=task.loss,
+        accumulate=options.accumulate,
+        autocast=autocast,
+        hooks=(
+            Progress(run.model.config, options.seq_len, dtype=autocast),  # type: ignore[arg-type]
+            Curve(state.parent),
+            every(options.save_every, lambda run: save_learned(run, state)),
+        ),
+        run=run,
+    )
+
+
+def _check_length(options: FinetuneOptions, model: MinimalLlama) -> None:
+    """A row, and a prompt in front of it, must fit the context."""
+    ahead = options.size if options.method in ("prompt", "prefix") else 0
+    most = model.config.max_seq_len - ahead
+    if options.seq_len > most:
+        raise ValueError(
+            f"seq_len={options.seq_len} exceeds what the model has room for; give "
+            f"--seq-len {most} or less."
+        )
+
+
+def _files(options: FinetuneOptions) -> list[str]:
+    first = options.data or options.dpo
+    assert first is not None
+    return [first, options.valid] if options.valid else [first]
+
+
+def _read(
+    path: str, options: FinetuneOptions, model: MinimalLlama, tok: Tokenizer
+) -> tuple[list, bool]:
+    """Documents of a file, and whether they are conversations in a chat format."""
+    if not (options.dpo or is_records(path)):
+        return encode_documents(read_documents(path), tok), False
+    known = options.format or (None if converses(model, tok) else PLAIN)
+    format = check_format(known, tok)
+    if options.dpo:
+        found = encode_preferences(read_preferences(path), tok, options.seq_len, format)
+    else:
+        found = encode_conversations(
+            read_conversations(path), tok, options.seq_len, format
+        )
+    _tell_cuts(path, found, options.seq_len, format)
+    return found.documents, format != PLAIN
+
+
+def _tell_cuts(path: str, found: Encoded, seq_len: int, format: str) -> None:
+    print(f"{path}: {len(found.documents)} records, format {format}")
+    if found.cut:
+        print(f"  {found.cut} of them lost the end of an answer at {seq_len} tokens")
+    if found.dropped:
+        print(f"  {found.dropped} more left out: their question alone fills a row")
+
+
+def _task(options: FinetuneOptions, model: MinimalLlama, read: list) -> Task:
+    """Split what was read, and say how it is learned and scored."""
+    learn = read[0][0]
+    held = read[1][0] if options.valid else []
+    if not options.valid and len(learn) > 1:
+        order = np.random.default_rng(options.seed).permutation(len(learn))
+        count = math.ceil(options.valid_share * len(learn))
+        held = [learn[i] for i in sorted(order[:count])]
+        learn = [learn[i] for i in sorted(order[count:])]
+    row, size = options.seq_len, options.batch_size
+    if options.method == "prompt":
+        learn, held = (with_prompt(model, part, row) for part in (learn, held))
+        row += options.size
+    if options.dpo is None:
+
+        def score(model: MinimalLlama) -> dict[str, float]:
+            if not held:
+                return {}
+            return {"held-out loss": held_out_loss(model, held, row, size)}
+
+        return Task(learn, held, row, next_token_loss, PackedBatches, score)
+    each = partial(dpo_loss, beta=options.beta, label_smoothing=options.label_smoothing)
+    if options.preference_loss == "ipo":
+        each = partial(ipo_loss, beta=options.beta)
+    loss = PreferenceLoss(each, options.beta)
+
+    def rank(model: MinimalLlama) -> dict[str, float]:
+        return asdict(score_preferences(model, held, loss, size)) if held else {}
+
+    return Task(learn, held, row, loss, PairBatches, rank)
+
+
+def _tell(options: FinetuneOptions, run: Run, task: Task, device: str) -> None:
+    count = trainable_parameters(run.model)
+    whole = sum(p.numel() for p in run.model.parameters())
+    kind = "pairs" if options.dpo else "documents"
+    lr = run.optimizer.param_groups[0]["lr"]
+    print(
+        f"{options.method}: {count:,} of {whole:,} parameters learn "
+        f"({count / whole:.2%}) · {len(task.learn)} {kind} and {len(task.held)} held "
+        f"out · {run.steps} steps at {lr:.1e} · {device}"
+    )
+
+
+def _words(score: dict[str, float]) -> str:
+    told = [f"{name} {value:.4f}" for name, value in score.items()]
+    return ", ".join(told) or "nothing was held out (--valid, --valid-share)"
+
+
+def _save(
+    options: FinetuneOptions, model: MinimalLlama, tok: Tokenizer, out: Path
+) -> None:
+    """The adapter; or the model, where all of it learned or it was asked for."""
+    if options.method != "full":
+        save_adapter(model, out, base_model=options.model)
+        print(f"the adapter is in {out}")
+    whole = out if options.method == "full" else out / "merged"
+    if options.method == "full" or options.merge:
+        if options.method != "full":
+            merge(model)
+        model.save_pretrained(whole)
+        tok.save_pretrained(whole)
+        print(f'the model is in {whole}; try: minllama generate "…" --model {whole}')
+    else:
+        print("use it with load_adapter(model, folder), or give --merge for a model")
+
+
+def _digest(documents: list) -> str:
+    """Tells whether a stopped run goes on with the data it was started with."""
+    whole = hashlib.sha256()
+    for document in documents:
+        parts = document if isinstance(document, tuple) else (document,)
+        for part in parts:
+            whole.update(part.tobytes() + b"\0")
+    return whole.hexdigest()
+
+
+def _check_same(now: dict, out: Path) -> None:
+    """A stopped run goes on only under the options and data it was started with."""
+    path = out / "options.json"
+    if not path.exists():
+        raise ValueError(f"{path} is missing beside a stopped run; begin with --fresh.")
+    before = json.loads(path.read_text())
+    free = ("device", "save_every", "merge", "fresh", "out")  # may change
+    changed = [key for key in now if key not in free and now[key] != before.get(key)]
+    if changed:
+        words = ", ".join(f"{key}: {before.get(key)} -> {now[key]}" for key in changed)
+        raise ValueError(
+            f"{out} holds a stopped run with other options ({words}); give the same "
+            "ones to go on, or --fresh to begin anew."
+        )
+
+
+def _write_json(path: Path, value: dict) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(part, path)
