@@ -1,0 +1,165 @@
+"""Rotary positions: queries and keys turned in one pass, not in place.
+
+    low' = low cos - high sin          high' = high cos + low sin
+
+Pairs are (i, i + d/2). A program takes some tokens, fetches their angles once and turns
+all heads of q and of k by them: 2 values moved per element, and one launch where
+PyTorch needs about ten. Backward is the turn by the opposite angle, the same kernel.
+
+The result is new memory. Turning in place moves as many bytes and would save a copy of
+q and k, but must not be done to a gradient that another path shares; and q and k before
+the turn are freed at once anyway, because no backward pass reads them.
+Arithmetic is float32. Paper: Su et al. 2021, arXiv:2104.09864, section 3.4.
+"""
+
+import torch
+from torch import Tensor
+
+from minllama.architecture.kernels import (
+    cdiv,
+    launch,
+    next_power_of_2,
+    operator,
+    takes_kernel,
+    tl,
+    triton,
+)
+from minllama.architecture.rope import Rotation
+
+TOKENS, WARPS = 1, 4  # of 1B: 32 heads of 2 x 32 are one 16-byte load a thread
+
+
+def rope_reference(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The definition, by the hub. (B, T, H, d), (B, T, K, d) -> the same."""
+    rotation = Rotation(cos, sin)
+    return rotation.turn(q), rotation.turn(k)
+
+
+@triton.jit
+def _places(
+    token, at, n_tokens, x_head, HEADS: tl.constexpr, D: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Where the low halves of some tokens' heads are, come from, and go to."""
+    head = tl.arange(0, HEAD_BLOCK)[None, :, None]
+    i = tl.arange(0, BLOCK)[None, None, :]
+    inside = (token < n_tokens) & (head < HEADS) & (i < D // 2)
+    return at + (head * x_head + i), token * HEADS * D + (head * D + i), inside
+
+
+@triton.jit
+def _store_turned(out_ptr, low, high, cos, sin, inside, HALF: tl.constexpr):
+    low, high = low.to(tl.float32), high.to(tl.float32)
+    turned_low, turned_high = low * cos - high * sin, high * cos + low * sin
+    tl.store(out_ptr, turned_low.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + HALF, turned_high.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rope(
+    q_ptr, k_ptr, cos_ptr, sin_ptr, q_out, k_out, n_tokens, T, q_batch, q_token, q_head,
+    k_batch, k_token, k_head, angle_batch, BACK: tl.constexpr, H: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, H_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    token = token[:, None, None]
+    b, t = token // T, token % T
+    i = tl.arange(0, BLOCK)[None, None, :]
+    at = b * angle_batch + t * D + D // 2 + i  # the half of sin that has no sign
+    inside = (token < n_tokens) & (i < D // 2)
+    cos = tl.load(cos_ptr + at, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + at, mask=inside, other=0.0)
+    if BACK:
+        sin = -sin
+    q_at, q_to, q_in = _places(
+        token, b * q_batch + t * q_token, n_tokens, q_head, H, D, H_BLOCK, BLOCK
+    )  # type: ignore[misc]
+    k_at, k_to, k_in = _places(
+        token, b * k_batch + t * k_token, n_tokens, k_head, K, D, K_BLOCK, BLOCK
+    )  # type: ignore[misc]
+    q_low = tl.load(q_ptr + q_at, mask=q_in, other=0.0)  # all loads before any store
+    q_high = tl.load(q_ptr + q_at + D // 2, mask=q_in, other=0.0)
+    k_low = tl.load(k_ptr + k_at, mask=k_in, other=0.0)
+    k_high = tl.load(k_ptr + k_at + D // 2, mask=k_in, other=0.0)
+    _store_turned(q_out + q_to, q_low, q_high, cos, sin, q_in, D // 2)
+    _store_turned(k_out + k_to, k_low, k_high, cos, sin, k_in, D // 2)
+
+
+def _fake(q, k, cos, sin, back):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@operator(fake=_fake)
+def rope_turn(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys turned by their angles, or back by them."""
+    (B, T, H, d), K = q.shape, k.size(2)
+    q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    cos, sin = cos.float().contiguous(), sin.float().contiguous()
+    sizes = {"H_BLOCK": H, "K_BLOCK": K, "BLOCK": d // 2}
+    blocks = {name: next_power_of_2(n) for name, n in sizes.items()}
+    launch(
+        _rope, (cdiv(B * T, TOKENS),), q, k, cos, sin, q_out, k_out, B * T, T,
+        *q.stride()[:3], *k.stride()[:3], T * d if cos.size(0) > 1 else 0, BACK=back,
+        H=H, K=K, D=d, **blocks, TOKENS=TOKENS, num_warps=WARPS,
+    )  # fmt: skip
+    return q_out, k_out
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return rope_turn(q, k, cos, sin, False)
+
+    @staticmethod
+    def backward(ctx, dq, dk):
+        cos, sin = ctx.saved_tensors
+        dq, dk = rope_turn(dq, dk, cos, sin, True)
+        return dq, dk, None, None
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn channel pairs (i, i + d/2). (B, T, H, d), (B, T, K, d) -> the same, new.
+
+    Args:
+        q: queries; heads may be strided, as in a slice of one projection of q, k and v.
+        k: keys.
+        cos: (B or 1, T, 1, d), the two halves alike, as the hub's `Rotation` has it.
+        sin: the same; its first half is minus its second, which alone is read.
+
+    Raises:
+        ValueError: shapes that do not belong together, or a dtype or device that the
+            kernel does not know.
+    """
+    _check(q, k, cos, sin)
+    if not takes_kernel("rope", q, k, cos, sin):
+        return rope_reference(q, k, cos, sin)
+    return _Rope.apply(q, k, cos, sin)
+
+
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    fit = q.dim() == k.dim() == cos.dim() == 4 and cos.shape == sin.shape
+    fit = fit and q.shape[:2] == k.shape[:2] and q.size(3) == k.size(3) == cos.size(3)
+    fit = fit and cos.size(0) in (1, q.size(0)) and cos.shape[1:3] == (q.size(1), 1)
+    if not fit or q.size(3) % 2:
+        raise ValueError(
+            f"rope: q {tuple(q.shape)}, k {tuple(k.shape)}, cos {tuple(cos.shape)} and "
+            f"sin {tuple(sin.shape)} do not fit; give (B, T, H, d), (B, T, K, d) and "
+            "(B or 1, T, 1, d) twice, d even."
+        )
+
+
+class FastRotation(Rotation):
+    """The hub's rotation, with queries and keys turned by one kernel."""
+
+    def turn(self, x: Tensor) -> Tensor:
+        return rope(x, x[:, :, :0], self.cos, self.sin)[0]
+
+    def turn_both(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return rope(q, k, self.cos, self.sin)

@@ -1,0 +1,179 @@
+"""Softmax over the last dimension, for rows of any length, in one trip to memory.
+
+    y = exp(x - max) / sum(exp(x - max))         dx = y (dy - sum(y dy))
+
+A row of up to 32,768 values stays in registers: read once, written once. A longer one
+is read twice, and the first pass is *online*: it finds maximum m and sum s together,
+piece by piece. When a piece raises the maximum from m to m', all that was summed was
+too large by exp(m - m'), so it is scaled:
+
+    m' = max(m, max(piece))        s' = s exp(m - m') + sum(exp(piece - m'))
+
+Flash attention is this line with a matrix product in it. Arithmetic is float32.
+Paper: Milakov and Gimelshein 2018, arXiv:1805.02867.
+"""
+
+import torch
+from torch import Tensor
+
+from minllama.architecture.kernels import (
+    cdiv,
+    launch,
+    next_power_of_2,
+    operator,
+    takes_kernel,
+    tl,
+    triton,
+)
+
+MAX_BLOCK = 32768  # values of a row in registers: 32 a thread of the largest program
+
+
+def softmax_reference(x: Tensor) -> Tensor:
+    """The definition, over the last dimension. (..., N) -> (..., N)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    e = (wide - wide.amax(-1, keepdim=True)).exp()
+    return (e / e.sum(-1, keepdim=True)).to(x.dtype)
+
+
+@triton.jit
+def _softmax_forward(
+    x_ptr, y_ptr, n_rows, N, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    inside = (row < n_rows) & (col < N)
+    other = tl.where(row < n_rows, -float("inf"), 0.0)  # no row of nothing but -inf
+    x = tl.load(x_ptr + row * stride + col, mask=inside, other=other).to(tl.float32)
+    e = tl.exp(x - tl.max(x, axis=1, keep_dims=True))
+    y = (e * (1 / tl.sum(e, axis=1, keep_dims=True))).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + row * N + col, y, mask=inside)
+
+
+@triton.jit
+def _softmax_backward(
+    dy_ptr, y_ptr, dx_ptr, n_rows, N, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # newest first: still cached
+    row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    inside = (row < n_rows) & (col < N)
+    dy = tl.load(dy_ptr + row * stride + col, mask=inside, other=0.0)
+    y = tl.load(y_ptr + row * N + col, mask=inside, other=0.0)
+    dy, y = dy.to(tl.float32), y.to(tl.float32)
+    dx = (y * (dy - tl.sum(y * dy, axis=1, keep_dims=True))).to(dx_ptr.dtype.element_ty)
+    tl.store(dx_ptr + row * N + col, dx, mask=inside)
+
+
+@triton.jit
+def _softmax_forward_online(x_ptr, y_ptr, N, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr, y_ptr, col = x_ptr + row * stride, y_ptr + row * N, tl.arange(0, BLOCK)
+    top, total = -float("inf"), 0.0
+    for start in range(0, N, BLOCK):
+        at = start + col
+        x = tl.load(x_ptr + at, mask=at < N, other=-float("inf")).to(tl.float32)
+        new_top = tl.maximum(top, tl.max(x, axis=0))
+        base = tl.where(new_top == -float("inf"), 0.0, new_top)  # nothing seen yet
+        total = total * tl.exp(top - base) + tl.sum(tl.exp(x - base), axis=0)
+        top = new_top
+    for start in range(0, N, BLOCK):
+        at = start + col
+        x = tl.load(x_ptr + at, mask=at < N, other=0.0).to(tl.float32)
+        y = tl.exp(x - top) / total
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < N)
+
+
+@triton.jit
+def _softmax_backward_long(dy_ptr, y_ptr, dx_ptr, N, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    dy_ptr, y_ptr, dx_ptr = dy_ptr + row * stride, y_ptr + row * N, dx_ptr + row * N
+    col, along = tl.arange(0, BLOCK), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, N, BLOCK):
+        at = start + col
+        dy = tl.load(dy_ptr + at, mask=at < N, other=0.0).to(tl.float32)
+        along += dy * tl.load(y_ptr + at, mask=at < N, other=0.0).to(tl.float32)
+    mean = tl.sum(along, axis=0)
+    for start in range(0, N, BLOCK):
+        at = start + col
+        dy = tl.load(dy_ptr + at, mask=at < N, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + at, mask=at < N, other=0.0).to(tl.float32)
+        dx = y * (dy - mean)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=at < N)
+
+
+def sizes(N: int, most: int = 32) -> dict[str, int]:
+    """Rows a program and its warps: 16 values a thread, two wide loads of bfloat16."""
+    block = next_power_of_2(N)
+    rows = max(1, 2048 // block)
+    return {"ROWS": rows, "BLOCK": block, "num_warps": min(rows * block // 512, most)}
+
+
+def _grid(x: Tensor) -> tuple[int]:
+    return (cdiv(x.size(0), sizes(x.size(1))["ROWS"]),)
+
+
+def _rows(x: Tensor) -> Tensor:
+    x = x.reshape(-1, x.size(-1))
+    return x if x.stride(1) == 1 or x.size(1) == 1 else x.contiguous()
+
+
+@operator(fake=lambda x: x.new_empty(x.shape))
+def softmax_forward(x: Tensor) -> Tensor:
+    """Softmax over the last dimension."""
+    y, N, x2 = x.new_empty(x.shape), x.size(-1), _rows(x)
+    if N > MAX_BLOCK:
+        launch(
+            _softmax_forward_online, (x2.size(0),), x2, y, N, x2.stride(0),
+            BLOCK=8192, num_warps=16,
+        )  # fmt: skip
+    else:
+        launch(
+            _softmax_forward, _grid(x2), x2, y, x2.size(0), N, x2.stride(0), **sizes(N)
+        )  # fmt: skip
+    return y
+
+
+@operator(fake=lambda dy, y: y.new_empty(y.shape))
+def softmax_backward(dy: Tensor, y: Tensor) -> Tensor:
+    """Gradient of the input, from the contiguous output and its gradient."""
+    dx, N, dy2 = y.new_empty(y.shape), y.size(-1), _rows(dy)
+    y = y.contiguous()
+    if N > MAX_BLOCK:
+        launch(
+            _softmax_backward_long, (dy2.size(0),), dy2, y, dx, N, dy2.stride(0),
+            BLOCK=8192, num_warps=16,
+        )  # fmt: skip
+    else:
+        launch(
+            _softmax_backward, _grid(dy2), dy2, y, dx, dy2.size(0), N,
+            dy2.stride(0), **sizes(N, most=16),  # 32 warps have 64 registers: too few
+        )  # fmt: skip
+    return dx
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = softmax_forward(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (y,) = ctx.saved_tensors
+        return softmax_backward(dy, y)
+
+
+def softmax(x: Tensor) -> Tensor:
+    """Softmax over the last dimension, in the dtype of x. (..., N) -> (..., N).
+
+    Raises:
+        ValueError: a number without dimension, or a dtype or device that the kernel
+            does not know.
+    """
+    if x.dim() == 0:
+        raise ValueError("softmax: x of shape () has no last dimension; give (..., N).")
+    if not takes_kernel("softmax", x) or x.numel() == 0:
+        return softmax_reference(x) if x.numel() else x.clone()
+    return _Softmax.apply(x)
