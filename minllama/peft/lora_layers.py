@@ -48,7 +48,7 @@ def linear_with_low_rank(
     y = layer(x.flatten(0, -2))
     low = F.linear(dropped.flatten(0, -2), a.to(x.dtype))
     y.addmm_(low, b.to(low.dtype).t(), alpha=scale)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.size(-1))
 
 
 class LowRank(Adapter):

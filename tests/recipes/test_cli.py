@@ -166,8 +166,10 @@ def test_fresh_begins_anew(capsys, tmp_path):
 def test_a_config_file_holds_flags_and_typed_ones_win(capsys, tmp_path):
     words = train_words(tmp_path)[:5]
     file = tmp_path / "run.toml"
-    file.write_text('vocab-size = 270\ndim = 32\nn_layers = 1\nsteps = 9\nlr = 1e-3\n'
-                    'seq_len = 32\nbatch_size = 4\nwarmup = 2\nbf16 = false\n')  # fmt: skip
+    file.write_text(
+        "vocab-size = 270\ndim = 32\nn_layers = 1\nsteps = 9\nlr = 1e-3\n"
+        "seq_len = 32\nbatch_size = 4\nwarmup = 2\nbf16 = false\n"
+    )
     code, out, _ = told(capsys, *words, "--config", str(file), "--steps", "2")
     assert code == 0 and "2 steps of 4 x 32" in out
     facts = json.loads((tmp_path / "out/options.json").read_text())

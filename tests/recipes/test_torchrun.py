@@ -66,8 +66,9 @@ def test_a_run_told_to_end_saves_and_goes_on_in_one_process(capsys, tmp_path, wo
 
 def test_all_axes_at_once_and_generation_on_two(capsys, tmp_path, words):
     out = tmp_path / "out"
-    run = torchrun(4, "train", *words, "--out", str(out), "--steps", "6", "--tensor",
-                   "2", "--checkpointing", "full", "--bf16", "--profile", "4")  # fmt: skip
+    run = torchrun(4, "train", *words, "--out", str(out), "--steps", "6",
+                   "--tensor", "2", "--checkpointing", "full", "--bf16",
+                   "--profile", "4")  # fmt: skip
     said, err = run.communicate(timeout=240)
     assert run.returncode == 0, err
     assert "shard 2, tensor 2" in said and "step 6/6" in said

@@ -1,0 +1,37 @@
+"""LoRA: two thin matrices beside a frozen one; merged, a single one again."""
+
+import style
+from style import ACCENT, B, D, T
+
+d = style.Drawing("peft_lora", "A frozen matrix and two thin ones beside it", 720, 262)
+
+d.box(18, 84, 46, 96, "x", color=T, fill=0.2)
+d.text(41, 198, "in", size=13, style="font-style:italic")
+d.line(66, 112, 132, 72, arrow=True)
+d.line(66, 152, 132, 196, arrow=True)
+d.box(142, 22, 110, 110, "W", color=B, fill=0.25, size=18)
+d.text(197, 146, "frozen", size=13, style="font-style:italic")
+d.box(142, 186, 110, 20, "", color=D, fill=0.4)
+d.text(197, 222, "A: r rows, in columns", size=13)
+d.line(258, 196, 292, 196, arrow=True)
+d.box(302, 148, 20, 96, "", color=D, fill=0.4)
+d.text(330, 232, "B: out rows, r columns", size=13, anchor="start")
+d.text(330, 214, "zero at birth", size=13, color=ACCENT, anchor="start")
+d.line(258, 78, 366, 108, arrow=True)
+d.line(326, 176, 366, 142, arrow=True)
+d.text(318, 128, "× α / r", size=13)
+d.text(378, 124, "+", size=20)
+d.line(390, 124, 416, 124, arrow=True)
+d.box(424, 76, 34, 96, "y", color=T, fill=0.2)
+d.text(441, 190, "out", size=13, style="font-style:italic")
+d.line(478, 20, 478, 246, dashed=True)
+d.text(597, 30, "merged: one matrix", size=14, style="font-weight:600")
+d.box(496, 84, 46, 96, "x", color=T, fill=0.2)
+d.line(546, 132, 566, 132, arrow=True)
+d.box(574, 77, 84, 110, "", color=B, fill=0.25)
+d.text(616, 124, "W +", size=15)
+d.text(616, 144, "α/r BA", size=15, color=D)
+d.line(662, 132, 674, 132, arrow=True)
+d.box(680, 84, 32, 96, "y", color=T, fill=0.2)
+d.text(597, 208, "no extra product", size=13, style="font-style:italic")
+d.save()
