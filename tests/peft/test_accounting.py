@@ -1,5 +1,8 @@
 """What training an adapter costs is predicted, and then counted."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -115,3 +118,15 @@ def test_wrong_plans_are_refused():
     }.items():
         with pytest.raises(ValueError, match=message):
             make()
+
+
+def test_the_memory_table_of_the_page_is_that_of_the_accounting():
+    page = (Path(__file__).parents[2] / "docs/peft.md").read_text()
+    cells = r"\| ([\d,]+) " + r"\| ([\d.]+) " * 4 + r"\| \*\*([\d.]+)\*\* \|$"
+    names = r"^\| (?:\*\*\w+\*\* )?(full|LoRA|DoRA|IA3|prefix) "
+    found = [(m.lower(), *rest) for m, *rest in re.findall(names + cells, page, re.M)]
+    parts = ("weights", "gradients", "optimizer", "activations", "total")
+    assert found == [
+        (r["method"], f"{r['trained']:,}", *(f"{r[p] / 1e9:.2f}" for p in parts))
+        for r in memory_table()
+    ]
