@@ -148,6 +148,7 @@ def make_parser() -> argparse.ArgumentParser:
             help=summary,
             description=summary,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
         )
         sub.set_defaults(run=run)
         return sub
@@ -256,7 +257,7 @@ def _with_config(arguments: list[str]) -> list[str]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no TOML file ({error}).") from None
     for key, value in content.items():
-        if isinstance(value, (dict, list)):
+        if key == "config" or isinstance(value, (dict, list)):
             raise ValueError(f"{path}: {key} is no plain value; write `{key} = …`.")
         name = "--" + key.replace("_", "-")
         flags += [name] * value if isinstance(value, bool) else [f"{name}={value}"]

@@ -155,6 +155,7 @@ def train(
     for group in optimizer.param_groups:
         group.setdefault("peak_lr", group["lr"])
     device = next(model.parameters()).device
+    optimizer.zero_grad(set_to_none=True)  # of whatever ran before
     model.train()
     while run.step < steps:
         start = time.perf_counter()

@@ -36,8 +36,14 @@ def model_tensors(
             `("layers.0.*", "norm.*")`.
 
     Raises:
-        ValueError: nothing is left, or a state that is no tensor.
+        ValueError: nothing is left, a state that is no tensor, or a model whose slices
+            are plain tensors, which look like the whole.
     """
+    if hasattr(getattr(unwrap(model), "gradient_exchange", None), "units"):
+        raise ValueError(
+            "the model was cut by shard_by_hand, whose slices do not say what they are "
+            "slices of; use shard(model, mesh) for what is to be saved."
+        )
     tensors, seen = {}, set()
     for name, tensor in unwrap(model).state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):

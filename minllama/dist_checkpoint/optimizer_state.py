@@ -61,7 +61,8 @@ def optimizer_contents(
                     numbers.setdefault(name, {})[key] = value
         options = {k: _as_number(v) for k, v in group.items() if k not in left}
         groups.append({"names": [n for n in names if n in kept], "options": options})
-    content = {"groups": groups, "numbers": numbers}
+    kind = type(optimizer).__name__
+    content = {"class": kind, "groups": groups, "numbers": numbers}
     return tensors, check_json("the optimizer's options", content)
 
 
@@ -95,8 +96,14 @@ def restore_optimizer(
 
     Raises:
         ValueError: a parameter was not in any group, or parameters of two groups are
-            in one.
+            in one; or it is the state of an optimizer of another kind.
     """
+    kind = type(optimizer).__name__
+    if content.get("class", kind) != kind:
+        raise ValueError(
+            f"the checkpoint holds the state of {content['class']}, not of {kind}; "
+            "load the model alone (optimizer=None), or make that optimizer."
+        )
     groups = parameter_names(model, optimizer)
     options = saved_options(model, optimizer, content)
     states: dict[str, list[str]] = {}

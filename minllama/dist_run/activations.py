@@ -10,16 +10,17 @@ Papers: Chen et al. 2016, arXiv:1604.06174 · selective: Korthikanti et al. 2022
 2205.05198.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
 import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
 
+from minllama.architecture.layout import Layout
 from minllama.architecture.model import MinimalLlama
 
 Model = TypeVar("Model", bound=MinimalLlama)
@@ -66,7 +67,7 @@ def checkpoint_activations(model: Model, policy: str = "full", every: int = 1) -
             "called once (keep_activations(model) undoes it)."
         )
     for block in list(model.layers)[::every]:
-        block.forward = _checkpointed(block.forward, policy)
+        block.forward = Recompute(block, policy)
     return model
 
 
@@ -77,13 +78,17 @@ def keep_activations(model: Model) -> Model:
     return model
 
 
-def _checkpointed(forward: Callable, policy: str) -> Callable:
-    def run(x, layout, cache=None):
+class Recompute:
+    """A block's forward under checkpointing. A copy of the block gets its own."""
+
+    def __init__(self, block: nn.Module, policy: str) -> None:
+        self.block, self.policy = block, policy
+
+    def __call__(self, x: Tensor, layout: Layout, cache=None) -> Tensor:
+        forward = type(self.block).forward.__get__(self.block)
         if cache is not None or not torch.is_grad_enabled():
             return forward(x, layout, cache)
-        if policy == "selective":
+        if self.policy == "selective":
             keep = partial(create_selective_checkpoint_contexts, KEPT)
             return checkpoint(forward, x, layout, use_reentrant=False, context_fn=keep)
         return checkpoint(forward, x, layout, use_reentrant=False)
-
-    return run

@@ -120,6 +120,13 @@ def _call(target: Any, args: tuple) -> Any:
 def _write(path: Path, result: Any) -> None:
     buffer = io.BytesIO()
     torch.save(result, buffer)
+    try:
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"the result is or holds a {type(result).__name__} that does not travel; "
+            "return tensors, numbers, strings, or lists and dicts of them."
+        ) from error
     part = path.with_suffix(".part")
     part.write_bytes(buffer.getvalue())
     os.replace(part, path)

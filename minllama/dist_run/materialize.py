@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from minllama.architecture.model import MinimalLlama
 
-DRAWS = {nn.init.normal_, nn.init.uniform_, Tensor.normal_, Tensor.uniform_}
+DRAWS = {f for name, f in vars(nn.init).items() if name.endswith("_") and callable(f)}
+DRAWS |= {Tensor.normal_, Tensor.uniform_, Tensor.exponential_}
 
 
 def materialize(
@@ -28,14 +29,32 @@ def materialize(
     Args:
         model: sharded or not, its parameters on the meta device.
         device: where they go. None: the device of the mesh, or the CPU.
+
+    Raises:
+        ValueError: `init_weights` of a subclass leaves a parameter or buffer as it is,
+            which here means without a value.
     """
     if device is None:
         device = _home(model)
     model.to_empty(device=device)
     model.tie_weights()
-    with torch.no_grad(), _WholeDraws():
-        model.init_weights()
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for tensor in tensors.values():
+            _local(tensor).fill_(torch.nan if tensor.is_floating_point() else 0)
+        with _WholeDraws():
+            model.init_weights()
+    unset = [name for name, t in tensors.items() if _local(t).isnan().any()]
+    if unset:
+        raise ValueError(
+            f"{type(model).__name__}.init_weights does not set {', '.join(unset)}; on "
+            "the meta device what __init__ drew is lost, so set them there, too."
+        )
     return model
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _home(model: nn.Module) -> torch.device:

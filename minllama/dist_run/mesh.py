@@ -86,6 +86,11 @@ def data_ranks(mesh: DeviceMesh | None) -> tuple[int, int]:
 
     Processes along `tensor` see the same rows; all others see different ones.
     """
+    if mesh is not None and not set(mesh.mesh_dim_names or ()) & set(AXES):
+        raise ValueError(
+            f"the mesh has the axes {mesh.mesh_dim_names}, none of {', '.join(AXES)}: "
+            "nobody knows who sees which rows; make it with init_mesh."
+        )
     rank, parts = 0, 1
     for axis in ("replicate", "shard"):
         if size_of(mesh, axis) > 1:

@@ -191,8 +191,9 @@ def tensor_parallel(
     Args:
         model: of MinimalLlama or a subclass.
         mesh: of `init_mesh`; its axis tensor, of n ranks.
-        sequence: norms and residual stream hold T / n tokens a rank. For training;
-            a decoding step has one token, so generation wants False.
+        sequence: norms and residual stream hold T / n tokens a rank, and so do
+            `hidden_states`. For training; a decoding step has one token, so generation
+            wants False.
         gather_logits: False leaves logits cut by the vocabulary, a DTensor, for
             `tensor_parallel_loss`: n times less memory.
         plan: how modules that a subclass adds to a block are cut: name within the block
@@ -205,7 +206,7 @@ def tensor_parallel(
     """
     mesh = mesh["tensor"] if mesh.ndim > 1 else mesh
     plan = {**PLAN, **(plan or {})}
-    _check(model, mesh.size(), plan)
+    _check(model, mesh.size(), plan, sequence)
     if mesh.size() == 1:
         return model
     stream: Placement = Shard(1) if sequence else Replicate()
@@ -214,6 +215,7 @@ def tensor_parallel(
     Words(stream)._apply(model.embed_tokens, mesh)
     if sequence:
         Norm(1)._apply(model.norm, mesh)
+        model.register_forward_pre_hook(_refuse_at, with_kwargs=True)
     words = Replicate() if gather_logits else Shard(-1)
     head = Cut("column", words, local=gather_logits)
     _enter(model.lm_head, mesh, stream, 1)
@@ -221,6 +223,14 @@ def tensor_parallel(
         model.tie_weights()
     head._apply(model.lm_head, mesh)
     return model
+
+
+def _refuse_at(model: nn.Module, inputs: tuple, named: dict) -> None:
+    if named.get("at") is not None or len(inputs) > 4:
+        raise ValueError(
+            f"at={named.get('at')} picks tokens, of which each rank holds a part; use "
+            "tensor_parallel(…, sequence=False), as generation does."
+        )
 
 
 def _cut_block(block, mesh: DeviceMesh, plan: dict, stream, sequence: bool) -> None:
@@ -250,7 +260,14 @@ def _enter(module: nn.Module, mesh: DeviceMesh, stream: Placement, inputs: int) 
     )._apply(module, mesh)  # fmt: skip
 
 
-def _check(model: MinimalLlama, n: int, plan: dict[str, str]) -> None:
+def _check(model: MinimalLlama, n: int, plan: dict[str, str], sequence: bool) -> None:
+    known = ("embed_tokens", "layers", "norm", "lm_head")
+    others = [p for p, _ in model.named_parameters() if p.split(".")[0] not in known]
+    if others and sequence and n > 1:
+        raise ValueError(
+            f"{', '.join(others)} would see only some tokens in each rank, and get "
+            "the gradient of these alone; use sequence=False."
+        )
     for name in ("n_heads", "n_kv_heads", "ffn_dim"):
         if getattr(model.config, name) % n:
             raise ValueError(

@@ -63,11 +63,17 @@ def run_training(options: TrainOptions) -> Run:
     )
     out = Path(options.out).resolve()  # never mistaken for the name of a shipped model
     states = out / "checkpoints"
-    resumes = latest_checkpoint(states) is not None and not options.fresh
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    resumes = latest_checkpoint(states) is not None and (again or not options.fresh)
     if options.optimizer == "muon" and workers.mesh is not None:
         raise ValueError(
             "optimizer='muon' looks at whole matrices, and sharded ones are not; use "
             "adamw, or one process."
+        )
+    if options.tensor > 1 and (options.dropout or options.fast):
+        raise ValueError(
+            f"tensor={options.tensor} with dropout={options.dropout}, fast="
+            f"{options.fast}: both want whole tensors; leave them out, or tensor."
         )
     torch.manual_seed(options.seed)
     documents = read_documents(options.data)

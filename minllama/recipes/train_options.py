@@ -127,6 +127,10 @@ class TrainOptions:
                 raise ValueError(f"{name}={value} must be a number above 0.")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1.")
+        if self.profile is not None and self.profile < 2:
+            raise ValueError(
+                f"profile={self.profile} must be at least 2: the first step warms up."
+            )
         for name in ("warmup", "seed", "max_skipped"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0.")

@@ -1,10 +1,12 @@
 """Mesh, launch, shards, cuts and checkpointed activations, one by one."""
 
+import copy
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
@@ -14,6 +16,7 @@ from minllama.architecture.data import IGNORE
 from minllama.architecture.generate import generate
 from minllama.architecture.model import MinimalLlama
 from minllama.architecture.train import next_token_loss
+from minllama.dist_checkpoint import save_checkpoint
 from minllama.dist_run import (
     checkpoint_activations,
     data_ranks,
@@ -23,6 +26,7 @@ from minllama.dist_run import (
     launch,
     materialize,
     shard,
+    shard_by_hand,
     tensor_parallel,
     vocabulary_cross_entropy,
 )
@@ -86,6 +90,13 @@ def two() -> dict:
     say(refused(tensor_parallel, make_model("llama"), mesh, plan=bad))
     cut = tensor_parallel(make_model("llama"), mesh)
     say(refused(cut, random_tokens(1, 7)))
+    say(refused(cut, random_tokens(1, 8), at=-1))
+    more = make_model("llama")
+    more.value_head = torch.nn.Linear(32, 1)
+    say(refused(tensor_parallel, more, mesh))
+    say(refused(data_ranks, init_device_mesh("cpu", (2,))))
+    by_hand = shard_by_hand(make_model("llama"))
+    say(refused(save_checkpoint, "nowhere", by_hand, step=1))
     whole = init_mesh()
     once = shard(make_model("llama"), whole)
     say(refused(shard, once, whole))
@@ -190,6 +201,10 @@ def test_what_does_not_fit_is_refused_by_name(pair):
         "n_kv_heads=1 does not divide by the 2 ranks",
         "plan={'mlp.up_proj': 'diagonal'}",
         "T=7 tokens do not divide",
+        "at=-1 picks tokens",
+        "value_head.weight, value_head.bias would see only some tokens",
+        "the mesh has the axes None",
+        "cut by shard_by_hand",
         "sharded already",
         "prefetch=-1",
     ]
@@ -271,6 +286,37 @@ def test_full_checkpointing_keeps_less_and_can_be_undone():
     full = saved_bytes(checkpoint_activations(model), batch)
     assert full < half < before
     assert saved_bytes(keep_activations(model), batch) == before
+
+
+def test_a_copy_of_a_checkpointed_model_runs_its_own_blocks():
+    model = checkpoint_activations(make_model("llama"))
+    copied = copy.deepcopy(model)
+    torch.nn.init.zeros_(copied.layers[0].mlp.down_proj.weight)
+    batch = rungs.one_batch()
+    assert next_token_loss(copied, batch) != next_token_loss(model, batch)
+
+
+def test_what_init_weights_forgets_is_refused_and_other_draws_are_whole():
+    class Forgetful(MinimalLlama):
+        def __init__(self, config):
+            super().__init__(config)
+            self.scale = torch.nn.Parameter(torch.ones(3))
+
+    class Kaiming(MinimalLlama):
+        def init_weights(self):
+            super().init_weights()
+            torch.nn.init.kaiming_uniform_(self.lm_head.weight)
+            torch.nn.init.orthogonal_(self.layers[0].mlp.up_proj.weight)
+
+    with torch.device("meta"):
+        forgetful, kaiming = Forgetful(tiny_config()), Kaiming(tiny_config())
+    assert "does not set scale" in refused(materialize, forgetful)
+    expected = Kaiming(tiny_config())
+    torch.manual_seed(3)
+    expected.init_weights()
+    torch.manual_seed(3)
+    for a, b in zip(expected.parameters(), materialize(kaiming).parameters()):
+        assert torch.equal(a, b)
 
 
 def test_checkpointing_stays_out_of_generation_and_refuses_nonsense():
