@@ -40,11 +40,11 @@ from minllama.architecture.config import LlamaConfig
 from minllama.architecture.model import MinimalLlama
 from minllama.architecture.optim import make_adamw
 from minllama.dist_checkpoint import (
+    allocate,
     async_save,
     consolidate,
     load_checkpoint,
     load_weights,
-    materialize,
     save_checkpoint,
 )
 from minllama.dist_run.mesh import init_mesh
@@ -98,7 +98,7 @@ class Clock:
 def build(config: LlamaConfig, dtype: torch.dtype, mesh, device: str, adamw: bool):
     """A sharded model with random weights; its optimizer after one step, or None."""
     model = sharded(config, dtype, mesh)
-    materialize(model, device)
+    allocate(model, device)
     model.init_weights()
     if not adamw:
         return model, None

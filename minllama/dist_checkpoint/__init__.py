@@ -2,7 +2,7 @@
 
 from minllama.dist_checkpoint.background import PendingSave
 from minllama.dist_checkpoint.convert import consolidate, split
-from minllama.dist_checkpoint.load import Loaded, load_checkpoint, materialize
+from minllama.dist_checkpoint.load import Loaded, allocate, load_checkpoint
 from minllama.dist_checkpoint.manifest import latest_checkpoint
 from minllama.dist_checkpoint.save import async_save, save_checkpoint
 from minllama.dist_checkpoint.weights import load_weights
@@ -15,7 +15,7 @@ __all__ = [
     "latest_checkpoint",
     "load_checkpoint",
     "load_weights",
-    "materialize",
+    "allocate",
     "save_checkpoint",
     "split",
 ]

@@ -178,13 +178,13 @@ def _check_parts(
     if any(p.is_meta for p in model.parameters()):
         raise ValueError(
             "the model is on the meta device, so its parameters will be replaced; call "
-            "materialize(model), make the optimizer, and load then."
+            "allocate(model), make the optimizer, and load then."
         )
     saved_options(model, optimizer, manifest["optimizer"])
 
 
 def _fill_model(model: nn.Module, tensors: Tensors, left_alone: list[str]) -> None:
-    materialize(model, drawn=left_alone)
+    allocate(model, drawn=left_alone)
     with torch.no_grad():
         wanted = {
             name: tensor
@@ -194,7 +194,7 @@ def _fill_model(model: nn.Module, tensors: Tensors, left_alone: list[str]) -> No
         fill(wanted, lambda name, box: tensors.read(f"model.{name}", box))
 
 
-def materialize(
+def allocate(
     model: nn.Module,
     device: torch.device | str | None = None,
     drawn: Iterable[str] = (),

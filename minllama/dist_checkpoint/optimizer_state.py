@@ -32,7 +32,7 @@ def parameter_names(
                 raise ValueError(
                     f"group {number} of the optimizer has a parameter {tuple(p.shape)} "
                     "that is none of the model's; make the optimizer after the model "
-                    "was sharded, and after materialize(model)."
+                    "was sharded, and after allocate(model)."
                 )
         groups.append([names[id(p)] for p in group["params"]])
     return groups

@@ -31,7 +31,7 @@ from minllama.dist_checkpoint.contents import model_tensors, unwrap
 from minllama.dist_checkpoint.dcp_folder import INDEX, open_dcp, our_names
 from minllama.dist_checkpoint.fit import check_config
 from minllama.dist_checkpoint.folders import MANIFEST, step_folders
-from minllama.dist_checkpoint.load import find_checkpoint, materialize, verify_files
+from minllama.dist_checkpoint.load import allocate, find_checkpoint, verify_files
 from minllama.dist_checkpoint.manifest import read_manifest, tensors_of
 from minllama.dist_checkpoint.pieces import Box, Tensors, fill
 from minllama.dist_checkpoint.ranks import Ranks
@@ -73,7 +73,7 @@ def load_weights(
 
     def put() -> None:
         unfilled = [n for n in model_tensors(model) if n not in stored.tensors]
-        materialize(model, device, drawn=unfilled)
+        allocate(model, device, drawn=unfilled)
         bare.tie_weights()
         tensors = model_tensors(model)
         in_file_order = {n: tensors[n] for n in stored.tensors if n in tensors}

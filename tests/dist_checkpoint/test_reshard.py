@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from minllama.architecture.optim import make_adamw, make_muon
 from minllama.architecture.weights import save_pretrained
 from minllama.dist_checkpoint import (
+    allocate,
     async_save,
     latest_checkpoint,
     load_checkpoint,
     load_weights,
-    materialize,
     save_checkpoint,
     split,
 )
@@ -37,7 +37,7 @@ from tests.dist_checkpoint.work import (
 def fresh(kind: str, tied: bool):
     """A model without weights, cut; and its optimizer, after it got memory."""
     model = meta_model(tie_embeddings=tied)
-    model = materialize(cut(model, kind) if kind else model)
+    model = allocate(cut(model, kind) if kind else model)
     return model, make_adamw(model, 1e-2)
 
 
@@ -200,7 +200,7 @@ def three_ranks(folder: str, parts: str) -> dict:
     found["files"] = len(list(path.glob("model-*")))
     saved = whole(model.module.state_dict())
     states = optimizer_tensors(model.module, optimizer)
-    other = materialize(cut(meta_model("qwen3"), "fsdp"))
+    other = allocate(cut(meta_model("qwen3"), "fsdp"))
     other_optimizer = make_muon(other, 1e-2)
     load_checkpoint(folder, other, other_optimizer)
     found["ddp to fsdp"] = equal(saved, whole(other.state_dict())) and equal(

@@ -13,10 +13,10 @@ from minllama.architecture.data import PackedBatches
 from minllama.architecture.optim import make_adamw, make_muon
 from minllama.architecture.train import Run, train, warmup_cosine
 from minllama.dist_checkpoint import (
+    allocate,
     async_save,
     latest_checkpoint,
     load_checkpoint,
-    materialize,
     save_checkpoint,
 )
 from minllama.dist_checkpoint import folders as folders_file
@@ -182,7 +182,7 @@ def test_a_part_fills_a_meta_model_whose_rest_is_drawn(tmp_path):
 def test_what_is_there_already_survives_materialize():
     model = meta_model()
     model.norm.weight = torch.nn.Parameter(torch.full((32,), 5.0))
-    assert materialize(model) is model
+    assert allocate(model) is model
     assert (model.norm.weight == 5).all()
     assert not any(p.is_meta for p in model.parameters())
 
@@ -191,7 +191,7 @@ def test_an_optimizer_over_a_meta_model_is_refused(tmp_path):
     model = make_model("llama")
     save_checkpoint(tmp_path, model, make_adamw(model, 1.0), step=1)
     other = meta_model()
-    with pytest.raises(ValueError, match="materialize"):
+    with pytest.raises(ValueError, match="allocate"):
         load_checkpoint(tmp_path, other, make_adamw(other, 1.0))
 
 
