@@ -261,13 +261,6 @@ def _enter(module: nn.Module, mesh: DeviceMesh, stream: Placement, inputs: int) 
 
 
 def _check(model: MinimalLlama, n: int, plan: dict[str, str], sequence: bool) -> None:
-    known = ("embed_tokens", "layers", "norm", "lm_head")
-    others = [p for p, _ in model.named_parameters() if p.split(".")[0] not in known]
-    if others and sequence and n > 1:
-        raise ValueError(
-            f"{', '.join(others)} would see only some tokens in each rank, and get "
-            "the gradient of these alone; use sequence=False."
-        )
     for name in ("n_heads", "n_kv_heads", "ffn_dim"):
         if getattr(model.config, name) % n:
             raise ValueError(
@@ -289,6 +282,13 @@ def _check(model: MinimalLlama, n: int, plan: dict[str, str], sequence: bool) ->
             "of which tensor_parallel does not know how they are cut; say so with "
             "plan={'self_attn.gate_proj': 'column'} or the like "
             f"(one of {', '.join(STYLES)})."
+        )
+    known = ("embed_tokens", "layers", "norm", "lm_head")
+    others = [p for p, _ in model.named_parameters() if p.split(".")[0] not in known]
+    if others and sequence and n > 1:
+        raise ValueError(
+            f"{', '.join(others)} would see only some tokens in each rank, and get "
+            "the gradient of these alone; use sequence=False."
         )
 
 
