@@ -168,5 +168,5 @@ def _room(
         return old
     if shape == tuple(p.shape):
         return torch.zeros_like(p, dtype=dtype, requires_grad=False)
-    on_device = group.get("capturable") or group.get("fused")
+    on_device = shape or group.get("capturable") or group.get("fused")  # a count: CPU
     return torch.zeros(shape, dtype=dtype, device=p.device if on_device else "cpu")

@@ -39,7 +39,7 @@ from minllama.peft.prompt import add_prompt, prepend_prompt
 from minllama.peft.records import read_conversations, read_preferences
 from minllama.peft.rows import adapter_rows, mix_adapters, set_rows
 from minllama.peft.saved import add_bitfit, add_norm_tuning
-from minllama.peft.sft import held_out_loss, load_learned, save_learned
+from minllama.peft.sft import held_out_loss
 from minllama.peft.tokens import add_trainable_tokens
 from minllama.peft.vera import add_vera
 
@@ -76,7 +76,6 @@ __all__ = [
     "held_out_loss",
     "ipo_loss",
     "load_adapter",
-    "load_learned",
     "lora_plus_groups",
     "make_galore",
     "memory_table",
@@ -89,7 +88,6 @@ __all__ = [
     "remove_adapter",
     "reset_adapters",
     "save_adapter",
-    "save_learned",
     "score_preferences",
     "set_adapter",
     "set_rows",

@@ -105,7 +105,9 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
 class RankAllocator:
     """Lowers the number of e that are not zero while an optimizer steps.
 
-    It looks on after each step of the optimizer, where gradients are still there.
+    It looks on after each step of the optimizer, where gradients are still there. What
+    it remembers is in the optimizer's state, so whoever saves that saves it, too, and a
+    run that was stopped goes on bit for bit.
 
     Args:
         model: with AdaLoRA.
@@ -134,21 +136,19 @@ class RankAllocator:
         beta1: float = 0.85,
         beta2: float = 0.85,
     ) -> None:
-        found = adapters(model).items()
-        self.layers = {n: m for n, m in found if isinstance(m, AdaLoRALinear)}
+        found = adapters(model).values()
+        self.layers = [layer for layer in found if isinstance(layer, AdaLoRALinear)]
         if not self.layers:
             raise ValueError("the model has no AdaLoRA layer; call add_adalora first.")
-        if not 0 <= warmup < steps - final:
+        if not 0 <= warmup < steps - final or steps - final < 2:
             raise ValueError(
-                f"warmup={warmup} and final={final} must leave some of steps={steps}."
+                f"warmup={warmup} and final={final} must leave some of steps={steps}, "
+                "one to look and one to choose."
             )
-        self.full = sum(m.rank for m in self.layers.values())
+        self.full = sum(layer.rank for layer in self.layers)
         self.target = round(target_rank * len(self.layers))
         self.steps, self.warmup, self.final, self.every = steps, warmup, final, every
-        self.beta1, self.beta2, self.step = beta1, beta2, 0
-        self.mean: dict[nn.Parameter, Tensor] = {}
-        self.spread: dict[nn.Parameter, Tensor] = {}
-        self.kept: dict[str, Tensor] = {}  # masks, once settled
+        self.beta1, self.beta2 = beta1, beta2
         optimizer.register_step_post_hook(self.look)
 
     def budget(self, step: int) -> int:
@@ -162,48 +162,45 @@ class RankAllocator:
         return int((self.full - self.target) * left**3 + self.target)
 
     @torch.no_grad()
-    def look(self, *_) -> None:
+    def look(self, optimizer: torch.optim.Optimizer, *_) -> None:
         """After a step: remember what mattered, and cut if it is time."""
-        self.step += 1
+        group = optimizer.param_groups[0]
+        step = group["looks"] = group.get("looks", 0) + 1
         settled = self.steps - self.final
-        if self.step > settled:
-            return self.mask()
-        if self.step < settled:
-            for layer in self.layers.values():
+        if step < settled:
+            for layer in self.layers:
                 for p in (layer.a, layer.e, layer.b):
                     if p.grad is not None:
-                        self.remember(p, (p * p.grad).abs())
-        due = self.step > self.warmup and self.step % self.every == 0
-        if due or self.step == settled:
-            self.choose(self.budget(self.step))
-            self.mask()
+                        self.remember(optimizer.state[p], (p * p.grad).abs())
+        if step >= settled or (step > self.warmup and step % self.every == 0):
+            self.cut(optimizer, self.budget(step))
 
-    def remember(self, p: nn.Parameter, matters: Tensor) -> None:
+    def remember(self, state: dict, matters: Tensor) -> None:
         """Two running means of a parameter: what it matters, and how that varies."""
-        mean = self.mean.setdefault(p, torch.zeros_like(p))
-        spread = self.spread.setdefault(p, torch.zeros_like(p))
+        mean = state.setdefault("matters", torch.zeros_like(matters))
+        spread = state.setdefault("varies", torch.zeros_like(matters))
         mean.mul_(self.beta1).add_(matters, alpha=1 - self.beta1)
         spread.mul_(self.beta2).add_((matters - mean).abs(), alpha=1 - self.beta2)
 
-    def choose(self, budget: int) -> None:
-        """Keep the `budget` triples that matter most, of all layers together."""
-        scores = {}
-        for name, layer in self.layers.items():
-            a, e, b = (
-                self.mean.get(p, torch.zeros_like(p))
-                * self.spread.get(p, torch.zeros_like(p))
-                for p in (layer.a, layer.e, layer.b)
-            )
-            scores[name] = e + a.mean(1) + b.mean(0)
-        every = torch.cat(list(scores.values()))
+    def cut(self, optimizer: torch.optim.Optimizer, budget: int) -> None:
+        """Of all layers together, the `budget` triples that matter most keep their e.
+
+        Once the means rest, every call makes the same choice: it is settled.
+        """
+
+        def worth(p: nn.Parameter) -> Tensor:
+            state = optimizer.state.get(p, {})
+            if "matters" not in state:  # it never had a gradient
+                return torch.zeros_like(p)
+            return state["matters"] * state["varies"]
+
+        scores = [
+            worth(layer.e) + worth(layer.a).mean(1) + worth(layer.b).mean(0)
+            for layer in self.layers
+        ]
+        every = torch.cat(scores)
         if budget >= len(every):
-            self.kept = {name: torch.ones_like(s).bool() for name, s in scores.items()}
             return
         limit = every.kthvalue(len(every) - budget).values
-        self.kept = {name: score > limit for name, score in scores.items()}
-
-    @torch.no_grad()
-    def mask(self) -> None:
-        """Set to zero the e of all others."""
-        for name, kept in self.kept.items():
-            self.layers[name].e.mul_(kept)
+        for layer, score in zip(self.layers, scores):
+            layer.e.mul_(score > limit)

@@ -56,8 +56,15 @@ class Adapter(nn.Module):
         return self.base.weight  # type: ignore[return-value]
 
     def reset_parameters(self) -> None:
-        """Start anew: after this the adapter changes no output, unless it says so."""
-        raise NotImplementedError
+        """Start anew: after this the adapter changes no output, unless it says so.
+
+        Raises:
+            ValueError: it has no beginning of its own, as a mix of trained adapters.
+        """
+        raise ValueError(
+            f"adapter {self.spec.name!r} ({self.spec.method}) has no beginning to go "
+            "back to; remove_adapter, and add a new one."
+        )
 
     def restore_base(self) -> None:
         """Undo what was done to `base` itself, before the adapter is taken off."""

@@ -100,7 +100,7 @@ def subspace(grad: Tensor, rank: int) -> Tensor:
     """The `rank` directions that hold most of a gradient. (m, n) -> (m, r)."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     u = torch.linalg.svd(grad.to(wide), full_matrices=False).U
-    return u[:, :rank].to(grad.dtype)
+    return u[:, :rank].to(grad.dtype).contiguous()  # as a checkpoint gives it back
 
 
 def make_galore(

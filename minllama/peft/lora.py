@@ -216,5 +216,5 @@ def lora_plus_groups(
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
     if not fast:
         raise ValueError("no B of a LoRA has requires_grad; call add_lora first.")
-    groups = [{"params": fast, "lr": lr * ratio}, {"params": rest, "lr": lr}]
+    groups = [{"params": rest, "lr": lr}, {"params": fast, "lr": lr * ratio}]
     return [{**g, "weight_decay": weight_decay} for g in groups if g["params"]]

@@ -5,22 +5,17 @@
     batches = PackedBatches(talks.documents, batch_size=8, seq_len=256)
     train(model, make_adamw(model, 1e-3), batches, steps=100)
 
-`train` learns what has requires_grad, and a marked document says itself which of its
-tokens count. What is left: the loss on text held out, a learned prompt in front of each
-document, and a training state of only what learns.
+`train` learns what has requires_grad, a marked document says itself which of its tokens
+count, and `save_checkpoint(…, parts="trainable")` keeps what learns and nothing else.
+What is left: the loss on text held out, and a learned prompt in front of each document.
 """
-
-from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minllama.architecture.data import MARKED, PackedBatches, mark
-from minllama.architecture.hooks import load_training_state, save_training_state
-from minllama.architecture.train import Run, next_token_loss
+from minllama.architecture.train import next_token_loss
 from minllama.peft.prompt import prepend_prompt
 
 
@@ -73,45 +68,3 @@ def with_prompt(
             rest = learned[1:].tolist()  # the first token was no target, and is none
             longer.append(mark([*ids, *own], [False] * (len(ids) + 1) + rest))
     return longer
-
-
-class Learned:
-    """What learns in a model, and nothing else, for a training state.
-
-    The frozen rest is read again from where it came from: the state of an adapter of
-    an 8B model then takes megabytes.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        named = model.named_parameters()
-        self.weights = {name: p for name, p in named if p.requires_grad}
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return iter(self.weights.values())
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self.weights.items()}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises RuntimeError for other names or shapes, as a module does."""
-        if differ := state.keys() ^ self.weights.keys():
-            raise RuntimeError(f"{min(differ)} trains in one of the two only.")
-        for name, p in self.weights.items():
-            p.copy_(state[name])
-
-
-def save_learned(run: Run, path: str | Path) -> None:
-    """`save_training_state` of what learns; the frozen weights are left out."""
-    save_training_state(replace(run, model=Learned(run.model)), path)  # type: ignore[arg-type]
-
-
-def load_learned(run: Run, path: str | Path) -> Run:
-    """Put a state of `save_learned` into a run made anew; it goes on bit for bit.
-
-    Raises:
-        ValueError: as `load_training_state`.
-    """
-    loaded = load_training_state(replace(run, model=Learned(run.model)), path)  # type: ignore[arg-type]
-    run.step, run.tokens = loaded.step, loaded.tokens
-    return run

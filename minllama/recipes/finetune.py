@@ -6,28 +6,32 @@ scored before and after. A run that was stopped goes on where it was when the sa
 command is given again.
 """
 
-import hashlib
-import json
 import math
-import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from minllama.architecture.data import (
+    Batch,
     PackedBatches,
     encode_documents,
     read_documents,
 )
 from minllama.architecture.hooks import Curve, Progress, every
 from minllama.architecture.model import MinimalLlama
-from minllama.architecture.optim import make_adamw
 from minllama.architecture.tokenizer import Tokenizer
 from minllama.architecture.train import Run, next_token_loss, train, warmup_cosine
+from minllama.dist_checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from minllama.peft import merge, save_adapter, trainable_parameters
 from minllama.peft.dpo import (
     PairBatches,
@@ -44,10 +48,20 @@ from minllama.peft.instruct import (
     encode_preferences,
 )
 from minllama.peft.records import is_records, read_conversations, read_preferences
-from minllama.peft.sft import held_out_loss, load_learned, save_learned, with_prompt
+from minllama.peft.sft import held_out_loss, with_prompt
 from minllama.recipes.chat import converses
 from minllama.recipes.finetune_options import DTYPES, METHODS, FinetuneOptions
 from minllama.recipes.generate import check_device, tokenizer_of
+from minllama.recipes.stopped import (
+    CHECKPOINTS,
+    OPTIONS,
+    check_same,
+    digest,
+    make_folder,
+    write_json,
+)
+
+FREE = ("device", "save_every", "merge", "fresh", "out")  # of a run that goes on
 
 
 @dataclass(frozen=True)
@@ -70,15 +84,15 @@ def run_finetuning(options: FinetuneOptions) -> Run:
     """
     device = check_device(options.device)
     out = Path(options.out).resolve()
-    state = out / "training_state.pt"
-    resumes = state.exists() and not options.fresh
+    states = out / CHECKPOINTS
+    resumes = latest_checkpoint(states) is not None and not options.fresh
     model = MinimalLlama.from_pretrained(options.model, dtype=DTYPES[options.dtype])
     tok = tokenizer_of(options.model)
     _check_length(options, model)
     read = [_read(path, options, model, tok) for path in _files(options)]
-    facts = {**asdict(options), "data_sha256": _digest([d for r in read for d in r[0]])}
+    facts = {**asdict(options), "data_sha256": digest(_bytes(read))}
     if resumes:
-        _check_same(facts, out)
+        check_same(facts, out, FREE)
     torch.manual_seed(options.seed)  # adapters are drawn alike when a run goes on
     METHODS[options.method].add(model.to(device), options)
     task = _task(options, model, read)
@@ -87,19 +101,19 @@ def run_finetuning(options: FinetuneOptions) -> Run:
     before = task.score(model)
     print(f"before: {_words(before)}")
     if resumes:
-        load_learned(run, state)
-        print(f"going on from step {run.step} of {run.steps} ({state})")
-    out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "options.json", facts)
-    _train(options, run, task, state)
+        load_checkpoint(states, run, strict=False)  # of what learns
+        print(f"going on from step {run.step} of {run.steps}")
+    make_folder(out, resumes)
+    write_json(out / OPTIONS, facts)
+    _train(options, run, task, states)
     after = task.score(model)
     print(f"after:  {_words(after)}")
-    _write_json(out / "scores.json", {"before": before, "after": after})
+    write_json(out / "scores.json", {"before": before, "after": after})
     if any(in_turns for _, in_turns in read):  # it was taught to end its turns
         ends = sorted({*model.config.eos_ids, *tok.stop_ids})
         model.config = replace(model.config, eos_ids=tuple(ends))
     _save(options, model, tok, out)
-    state.unlink()  # the run is complete
+    shutil.rmtree(states)  # the run is complete
     return run
 
 
@@ -110,12 +124,17 @@ def _new_run(options: FinetuneOptions, model: MinimalLlama, task: Task) -> Run:
     if steps is None:
         whole = options.epochs * batches.batches_per_epoch() / options.accumulate
         steps = max(1, round(whole))
-    lr = options.lr or METHODS[options.method].lr / (3 if options.dpo else 1)
-    return Run(model, make_adamw(model, lr, options.weight_decay), batches, steps)
+    method = METHODS[options.method]
+    lr = options.lr or method.lr / (3 if options.dpo else 1)
+    return Run(model, method.optimizer(model, options, lr, steps), batches, steps)
 
 
-def _train(options: FinetuneOptions, run: Run, task: Task, state: Path) -> None:
-    """The hub's loop, with a training state now and then."""
+def _train(options: FinetuneOptions, run: Run, task: Task, states: Path) -> None:
+    """The hub's loop, with a checkpoint of what learns now and then."""
+
+    def save(run: Run) -> None:
+        save_checkpoint(states, run, parts="trainable", keep=1)
+
     autocast = torch.bfloat16 if options.bf16 else None
     train(
         run.model,
@@ -123,16 +142,26 @@ def _train(options: FinetuneOptions, run: Run, task: Task, state: Path) -> None:
         run.batches,
         run.steps,
         schedule=warmup_cosine(run.steps, round(options.warmup * run.steps), floor=0.0),
-        loss=task.loss,
+        loss=_with_penalty(options, task.loss),
         accumulate=options.accumulate,
         autocast=autocast,
         hooks=(
             Progress(run.model.config, options.seq_len, dtype=autocast),  # type: ignore[arg-type]
-            Curve(state.parent),
-            every(options.save_every, lambda run: save_learned(run, state)),
+            Curve(states.parent),
+            every(options.save_every, save),
         ),
         run=run,
     )
+
+
+def _with_penalty(
+    options: FinetuneOptions, loss: Callable[[nn.Module, Batch], Tensor]
+) -> Callable[[nn.Module, Batch], Tensor]:
+    """The summed loss and what the method adds to its mean."""
+    penalty = METHODS[options.method].penalty
+    if penalty is None:
+        return loss
+    return lambda model, batch: loss(model, batch) + batch.counted() * penalty(model)
 
 
 def _check_length(options: FinetuneOptions, model: MinimalLlama) -> None:
@@ -176,6 +205,14 @@ def _tell_cuts(path: str, found: Encoded, seq_len: int, format: str) -> None:
         print(f"  {found.cut} of them lost the end of an answer at {seq_len} tokens")
     if found.dropped:
         print(f"  {found.dropped} more left out: their question alone fills a row")
+
+
+def _bytes(read: list) -> Iterator[bytes]:
+    """All that was read: documents, or both answers of each pair."""
+    for documents, _ in read:
+        for document in documents:
+            for part in document if isinstance(document, tuple) else (document,):
+                yield part.tobytes()
 
 
 def _task(options: FinetuneOptions, model: MinimalLlama, read: list) -> Task:
@@ -231,47 +268,17 @@ def _save(
     options: FinetuneOptions, model: MinimalLlama, tok: Tokenizer, out: Path
 ) -> None:
     """The adapter; or the model, where all of it learned or it was asked for."""
-    if options.method != "full":
+    folder = out
+    if not METHODS[options.method].whole:
         save_adapter(model, out, base_model=options.model)
         print(f"the adapter is in {out}")
-    whole = out if options.method == "full" else out / "merged"
-    if options.method == "full" or options.merge:
-        if options.method != "full":
-            merge(model)
-        model.save_pretrained(whole)
-        tok.save_pretrained(whole)
-        print(f'the model is in {whole}; try: minllama generate "…" --model {whole}')
-    else:
-        print("use it with load_adapter(model, folder), or give --merge for a model")
-
-
-def _digest(documents: list) -> str:
-    """Tells whether a stopped run goes on with the data it was started with."""
-    whole = hashlib.sha256()
-    for document in documents:
-        parts = document if isinstance(document, tuple) else (document,)
-        for part in parts:
-            whole.update(part.tobytes() + b"\0")
-    return whole.hexdigest()
-
-
-def _check_same(now: dict, out: Path) -> None:
-    """A stopped run goes on only under the options and data it was started with."""
-    path = out / "options.json"
-    if not path.exists():
-        raise ValueError(f"{path} is missing beside a stopped run; begin with --fresh.")
-    before = json.loads(path.read_text())
-    free = ("device", "save_every", "merge", "fresh", "out")  # may change
-    changed = [key for key in now if key not in free and now[key] != before.get(key)]
-    if changed:
-        words = ", ".join(f"{key}: {before.get(key)} -> {now[key]}" for key in changed)
-        raise ValueError(
-            f"{out} holds a stopped run with other options ({words}); give the same "
-            "ones to go on, or --fresh to begin anew."
-        )
-
-
-def _write_json(path: Path, value: dict) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(part, path)
+        if not options.merge:
+            print(
+                "use it with load_adapter(model, folder), or give --merge for a model"
+            )
+            return
+        folder = out / "merged"
+        merge(model)
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    print(f'the model is in {folder}; try: minllama generate "…" --model {folder}')

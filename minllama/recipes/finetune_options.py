@@ -5,10 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from minllama.architecture.model import MinimalLlama
+from minllama.architecture.optim import make_adamw
 from minllama.peft import (
+    RankAllocator,
+    add_adalora,
     add_bitfit,
     add_houlsby,
     add_ia3,
@@ -18,10 +22,43 @@ from minllama.peft import (
     add_prefix,
     add_prompt,
     add_vera,
+    lora_plus_groups,
+    make_galore,
+    orthogonality_loss,
 )
 
 PREFERENCE_LOSSES = ("dpo", "ipo")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def _adamw(model: nn.Module, o: "FinetuneOptions", lr: float, _: int) -> Optimizer:
+    return make_adamw(model, lr, o.weight_decay)
+
+
+def _lora_plus(model: nn.Module, o: "FinetuneOptions", lr: float, _: int) -> Optimizer:
+    groups = lora_plus_groups(model, lr, o.loraplus_lr_ratio, o.weight_decay)
+    return AdamW(groups, betas=(0.9, 0.95))
+
+
+def _galore(model: nn.Module, o: "FinetuneOptions", lr: float, _: int) -> Optimizer:
+    return make_galore(model, lr, o.rank, weight_decay=o.weight_decay)
+
+
+def _adalora(
+    model: nn.Module, o: "FinetuneOptions", lr: float, steps: int
+) -> Optimizer:
+    """AdamW and falling ranks: all for a tenth of the run, few for its last third."""
+    optimizer = make_adamw(model, lr, o.weight_decay)
+    RankAllocator(
+        model,
+        optimizer,
+        target_rank=o.rank,
+        steps=steps,
+        warmup=steps // 10,
+        final=steps // 3,
+        every=max(1, steps // 100),
+    )
+    return optimizer
 
 
 @dataclass(frozen=True)
@@ -29,12 +66,15 @@ class Method:
     """How a model is prepared, and what goes with it.
 
     The learning rates suit the shipped models (benchmarks/bench_peft_pirate.py tries
-    several of each); a large model wants lower ones.
+    several of those that it compares); a large model wants lower ones.
     """
 
     add: Callable[[MinimalLlama, "FinetuneOptions"], nn.Module]
     lr: float
     merges: bool = True  # into plain weights
+    whole: bool = False  # all weights learn; there is no adapter
+    optimizer: Callable[[nn.Module, "FinetuneOptions", float, int], Optimizer] = _adamw
+    penalty: Callable[[nn.Module], Tensor] | None = None  # added to the mean loss
 
 
 def _lora(**settings) -> Callable:
@@ -64,13 +104,26 @@ def targets_of(words: str) -> str | list[str]:
 
 
 METHODS = {
-    "full": Method(lambda model, o: model, lr=5e-5),
+    "full": Method(lambda model, o: model, lr=5e-5, whole=True),
     "lora": Method(_lora(), lr=1e-3),
     "rslora": Method(_lora(rslora=True), lr=1e-3),
     "dora": Method(_lora(dora=True), lr=1e-3),
     "pissa": Method(_lora(init="pissa"), lr=3e-4),
     "olora": Method(_lora(init="olora"), lr=3e-4),
     "lora-fa": Method(_lora(freeze_a=True), lr=3e-3),
+    "lora+": Method(_lora(), lr=1e-4, optimizer=_lora_plus),
+    "adalora": Method(
+        lambda model, o: add_adalora(
+            model,
+            math.ceil(1.5 * o.rank),  # as in the paper; o.rank is left
+            o.alpha,
+            targets_of(o.targets),
+            dtype=torch.float32,
+        ),
+        lr=5e-3,
+        optimizer=_adalora,
+        penalty=lambda model: 0.5 * orthogonality_loss(model),
+    ),
     "vera": Method(
         lambda model, o: add_vera(model, o.rank, targets_of(o.targets)), lr=1e-2
     ),
@@ -85,6 +138,7 @@ METHODS = {
     "llama-adapter": Method(
         lambda model, o: add_llama_adapter(model, o.size), 1e-2, merges=False
     ),
+    "galore": Method(lambda model, o: model, lr=5e-4, whole=True, optimizer=_galore),
 }
 
 
@@ -102,9 +156,10 @@ class FinetuneOptions:
         valid_share: that part, 0 for none
         model: a shipped name or a folder
         method: full, lora, dora, ia3, prefix, …; a wrong name lists all
-        rank: of LoRA and its kin; width of houlsby
+        rank: of LoRA and its kin, and of galore's gradients; width of houlsby
         alpha: LoRA's change is scaled by alpha / rank
         targets: all-linear, names between commas, or a regular expression
+        loraplus_lr_ratio: of lora+: how many times as fast B learns as A
         dropout: of the input of a LoRA, in training only
         size: tokens of prefix, prompt and llama-adapter
         format: of conversations: plain, llama3, chatml, llama2; else the model's
@@ -138,6 +193,7 @@ class FinetuneOptions:
     rank: int = 8
     alpha: float = 16.0
     targets: str = "all-linear"
+    loraplus_lr_ratio: float = 16.0
     dropout: float = 0.0
     size: int = 16
     format: str | None = None
@@ -176,7 +232,8 @@ class FinetuneOptions:
                 raise ValueError(
                     f"{name}={value!r} must be one of {', '.join(allowed)}."
                 )
-        if self.dpo and self.method in ("full", "prompt"):
+        whole = METHODS[self.method].whole
+        if self.dpo and (whole or self.method == "prompt"):
             raise ValueError(
                 f"method={self.method!r} with --dpo: the reference is the model with "
                 "its adapter off; use lora or another adapter of layers."
@@ -186,15 +243,17 @@ class FinetuneOptions:
                 f"method={self.method!r} is no change of a weight, so it cannot be "
                 "merged; leave --merge out."
             )
-        if self.method == "full" and self.dtype != "float32":
+        if whole and self.dtype != "float32":
             raise ValueError(
-                f"dtype={self.dtype!r} with method='full': small steps would be "
-                "rounded away; train in float32, with --bf16 for speed."
+                f"dtype={self.dtype!r} with method={self.method!r}: small steps would "
+                "be rounded away; train in float32, with --bf16 for speed."
             )
-        if self.method == "full" and self.merge:
-            raise ValueError("method='full' leaves nothing to merge; leave it out.")
+        if whole and self.merge:
+            raise ValueError(
+                f"method={self.method!r} leaves nothing to merge; leave --merge out."
+            )
         for name in ("epochs", "batch_size", "accumulate", "seq_len", "save_every",
-                     "beta", "lr"):  # fmt: skip
+                     "beta", "lr", "loraplus_lr_ratio"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}={value} must be a number above 0.")

@@ -8,8 +8,6 @@ number of processes. On several GPUs:
     torchrun --nproc-per-node 4 -m minllama.recipes.train --data texts --out runs/mine
 """
 
-import hashlib
-import json
 import os
 import shutil
 import signal
@@ -45,10 +43,23 @@ from minllama.dist_run.timeline import save_trace
 from minllama.dist_run.watch import Watch, install_sigterm, should_stop
 from minllama.fast_ops import fast_loss, use_fast_ops
 from minllama.recipes.evaluate import evaluate_file
+from minllama.recipes.stopped import (
+    CHECKPOINTS,
+    OPTIONS,
+    check_same,
+    digest,
+    make_folder,
+    write_json,
+)
 from minllama.recipes.train_options import OPTIMIZERS, SAVE_DTYPES, TrainOptions
 from minllama.recipes.workers import Workers, build_model, start_workers
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+FREE = (  # options that may change when a stopped run goes on
+    "device", "valid", "save_every", "keep", "compile", "fast", "fresh", "out",
+    "replicate", "shard", "tensor", "checkpointing", "max_skipped", "hang_after",
+    "profile",
+)  # fmt: skip
 
 
 def run_training(options: TrainOptions) -> Run:
@@ -62,7 +73,7 @@ def run_training(options: TrainOptions) -> Run:
         options.device, options.replicate, options.shard, options.tensor
     )
     out = Path(options.out).resolve()  # never mistaken for the name of a shipped model
-    states = out / "checkpoints"
+    states = out / CHECKPOINTS
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     resumes = latest_checkpoint(states) is not None and (again or not options.fresh)
     if options.optimizer == "muon" and workers.mesh is not None:
@@ -79,10 +90,10 @@ def run_training(options: TrainOptions) -> Run:
     documents = read_documents(options.data)
     if options.valid:
         read_documents(options.valid)  # a missing file is told now, not in the end
-    facts = {**asdict(options), "data_sha256": _digest(documents)}
+    facts = {**asdict(options), "data_sha256": digest(d.encode() for d in documents)}
     if resumes:
-        _check_same(facts, out)
-    workers.first(lambda: _make_folder(out, states, resumes))
+        check_same(facts, out, FREE)
+    workers.first(lambda: make_folder(out, resumes))
     tok = _tokenizer(options, documents, resumes, workers)
     torch.manual_seed(options.seed)  # the same weights, however many processes
     model = _model(options, tok, workers)
@@ -104,7 +115,7 @@ def run_training(options: TrainOptions) -> Run:
     if resumes:
         load_checkpoint(states, run)
     if is_first():
-        _write_json(out / "options.json", facts)
+        write_json(out / OPTIONS, facts)
         _greet(options, run, model.config, len(documents), workers, resumes)
     if options.compile:
         for block in model.layers:
@@ -136,12 +147,6 @@ def run_training(options: TrainOptions) -> Run:
         )
     _finish(options, run, tok, workers)
     return run
-
-
-def _make_folder(out: Path, states: Path, resumes: bool) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    if not resumes:  # --fresh, or stopped before a checkpoint was complete
-        shutil.rmtree(states, ignore_errors=True)
 
 
 def _greet(
@@ -233,9 +238,9 @@ def _finish(options: TrainOptions, run: Run, tok: Tokenizer, workers: Workers) -
         run.model.save_pretrained(out)
     if is_first():
         if workers.mesh is not None:
-            consolidate(out / "checkpoints", out, dtype)
+            consolidate(out / CHECKPOINTS, out, dtype)
         tok.save_pretrained(out)
-        shutil.rmtree(out / "checkpoints")  # the run is complete
+        shutil.rmtree(out / CHECKPOINTS)  # the run is complete
         print(f"the model is in {out}; continue a text with it:")
         print(f'  minllama generate "…" --model {out}')
     workers.end()
@@ -320,41 +325,6 @@ def _check_fits(options: TrainOptions, tok: Tokenizer, config: LlamaConfig) -> N
             f"seq_len={options.seq_len} exceeds the model's max_seq_len="
             f"{config.max_seq_len}; give --seq-len that number or less."
         )
-
-
-def _digest(documents: list[str]) -> str:
-    """Tells whether a stopped run goes on with the text it was started with."""
-    whole = hashlib.sha256()
-    for document in documents:
-        whole.update(document.encode() + b"\0")
-    return whole.hexdigest()
-
-
-def _check_same(now: dict, out: Path) -> None:
-    """A stopped run goes on only under the options and data it was started with."""
-    path = out / "options.json"
-    if not path.exists():
-        raise ValueError(f"{path} is missing beside a stopped run; begin with --fresh.")
-    before = json.loads(path.read_text())
-    free = (  # may change
-        "device", "valid", "save_every", "keep", "compile", "fast", "fresh", "out",
-        "replicate", "shard", "tensor", "checkpointing", "max_skipped", "hang_after",
-        "profile",
-    )  # fmt: skip
-    changed = [key for key in now if key not in free and now[key] != before.get(key)]
-    if changed:
-        words = ", ".join(f"{key}: {before.get(key)} -> {now[key]}" for key in changed)
-        raise ValueError(
-            f"{out} holds a stopped run with other options ({words}); give the same "
-            "ones to go on, or --fresh to begin anew."
-        )
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(part, path)
 
 
 if __name__ == "__main__":  # torchrun … -m minllama.recipes.train

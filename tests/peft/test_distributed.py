@@ -1,8 +1,9 @@
 """Adapters over shards: FSDP2 and tensor parallel train as one process does.
 
-Two processes over gloo; all methods share a launch.
+Two processes over gloo; all methods, and both engines, share a launch.
 """
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -102,7 +103,7 @@ def under_fsdp(folder: str) -> dict[str, float]:
     return found
 
 
-def under_tensor_parallel(folder: str) -> dict[str, float]:
+def under_tensor_parallel() -> dict[str, float]:
     torch.manual_seed(0)
     tokens, found = random_tokens(2, 8).cpu(), {}
     mesh = init_mesh(tensor=2, device="cpu")
@@ -124,13 +125,23 @@ def under_tensor_parallel(folder: str) -> dict[str, float]:
     return found
 
 
-def test_adapters_train_and_save_under_fsdp(tmp_path):
-    for found in launch(under_fsdp, 2, str(tmp_path)):
+def under_both(folder: str) -> list[dict[str, float]]:
+    return [under_fsdp(folder), under_tensor_parallel()]
+
+
+@pytest.fixture(scope="module")
+def differences(tmp_path_factory):
+    """What each rank found: how far it is from one process, by method and engine."""
+    return launch(under_both, 2, str(tmp_path_factory.mktemp("adapters")))
+
+
+def test_adapters_train_and_save_under_fsdp(differences):
+    for found, _ in differences:
         wrong = {key: value for key, value in found.items() if not value < 1e-9}
         assert not wrong and len(found) == 3 * (len(FSDP) + 1)
 
 
-def test_adapters_train_under_tensor_parallel(tmp_path):
-    for found in launch(under_tensor_parallel, 2, str(tmp_path)):
+def test_adapters_train_under_tensor_parallel(differences):
+    for _, found in differences:
         wrong = {key: value for key, value in found.items() if not value < 1e-9}
         assert not wrong and len(found) == 2 * (len(TENSOR) + len(BOTH)) + len(REFUSED)

@@ -15,6 +15,7 @@ from minllama.architecture.data import PackedBatches, mark
 from minllama.architecture.dropout import add_dropout
 from minllama.architecture.optim import make_adamw
 from minllama.architecture.train import Run, train
+from minllama.dist_checkpoint import load_checkpoint, save_checkpoint
 from minllama.peft import add_dora, add_ia3, add_lora, add_prefix, save_adapter
 from minllama.peft.dpo import (
     PairBatch,
@@ -29,7 +30,6 @@ from minllama.peft.dpo import (
 )
 from minllama.peft.instruct import encode_preferences
 from minllama.peft.records import read_preferences
-from minllama.peft.sft import load_learned, save_learned
 from tests.conftest import make_model
 
 
@@ -235,8 +235,10 @@ def test_training_makes_the_chosen_answers_the_likelier_ones(tmp_path):
     assert score.accuracy > 0.9 and score.loss < 0.5 and score.margin > 0.5
     assert run.loss < 0.5
     stopped = go(make_run(), 7)
-    save_learned(stopped, tmp_path / "state.pt")
-    resumed = go(load_learned(make_run(), tmp_path / "state.pt"), 20)
+    save_checkpoint(tmp_path, stopped, parts="trainable")
+    resumed = make_run()
+    load_checkpoint(tmp_path, resumed, strict=False)
+    go(resumed, 20)
     for a, b in zip(run.model.parameters(), resumed.model.parameters()):
         assert torch.equal(a, b)
 

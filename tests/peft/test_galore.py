@@ -99,14 +99,12 @@ def test_adalora_ends_at_its_budget():
         model(tokens).logsumexp(-1).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        layers = allocator.layers.values()
+        layers = allocator.layers
         ranks.append(sum(int(layer.e.count_nonzero()) for layer in layers))
     assert ranks[2] == 14 * 6 and ranks[-1] == ranks[14] == 14 * 2
     assert sorted(ranks, reverse=True) == ranks
     # not alike in all layers: that is the point of it
-    assert (
-        len({int(layer.e.count_nonzero()) for layer in allocator.layers.values()}) > 1
-    )
+    assert len({int(layer.e.count_nonzero()) for layer in allocator.layers}) > 1
 
 
 def test_an_allocator_that_does_not_fit_is_refused():
@@ -114,6 +112,8 @@ def test_an_allocator_that_does_not_fit_is_refused():
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     with pytest.raises(ValueError, match="warmup=5 and final=5 must leave"):
         RankAllocator(model, optimizer, 2, steps=10, warmup=5, final=5)
+    with pytest.raises(ValueError, match="leave some of steps=1, one to look"):
+        RankAllocator(model, optimizer, 2, steps=1)
     with pytest.raises(ValueError, match="has no AdaLoRA layer"):
         RankAllocator(add_lora(make_model("llama")), optimizer, 2, steps=10)
     with pytest.raises(ValueError, match="rank=0 must be"):

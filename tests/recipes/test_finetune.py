@@ -1,5 +1,6 @@
 """`minllama finetune`, as a user types it."""
 
+import csv
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +12,8 @@ from safetensors.torch import load_file
 from minllama import MinimalLlama, Tokenizer
 from minllama.architecture.data import encode_documents, read_documents
 from minllama.cli import main, make_parser
-from minllama.peft import load_adapter
+from minllama.peft import GaLore, add_adalora, load_adapter, orthogonality_loss
+from minllama.peft.adalora import AdaLoRALinear
 from minllama.peft.sft import held_out_loss
 from minllama.recipes import finetune as recipe
 from minllama.recipes.finetune_options import METHODS, FinetuneOptions
@@ -57,7 +59,7 @@ def test_finetune_writes_an_adapter_that_does_what_was_scored(capsys, data):
     assert code == 0 and "parameters learn" in out and "3 held out" in out
     names = {file.name for file in (data / "out").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "curve.csv"} <= names
-    assert not names & {"training_state.pt", "model.safetensors", "merged"}
+    assert not names & {"checkpoints", "model.safetensors", "merged"}
     before, after = (scores(data)[k]["held-out loss"] for k in ("before", "after"))
     assert after < before - 0.1
     model = MinimalLlama.from_pretrained("stories-mini", dtype=torch.float32)
@@ -88,7 +90,7 @@ def test_every_method_trains_and_leaves_what_can_be_loaded(capsys, data, method)
     base = MinimalLlama.from_pretrained("stories-mini", dtype=torch.float32)
     tokens = torch.arange(50, 70)[None]
     before = base(tokens)
-    if method == "full":
+    if METHODS[method].whole:
         after = MinimalLlama.from_pretrained(data / "out", dtype=torch.float32)(tokens)
     elif method == "prompt":
         from minllama.peft import prepend_prompt
@@ -98,6 +100,54 @@ def test_every_method_trains_and_leaves_what_can_be_loaded(capsys, data, method)
     else:
         after = load_adapter(base, data / "out")(tokens)
     assert not torch.equal(before, after) and after.isfinite().all()
+
+
+def run_of(data, method, **more):
+    """A run of four steps and what it left in memory."""
+    sizes = {"steps": 4, "seq_len": 32, "batch_size": 2, "device": "cpu", **more}
+    where = {"data": str(data / "tales.txt"), "out": str(data / "out")}
+    options = FinetuneOptions(**where, model="stories-mini", method=method, **sizes)
+    return recipe.run_finetuning(options)
+
+
+def test_lora_plus_teaches_b_faster_by_the_ratio(data):
+    run = run_of(data, "lora+", lr=1e-3, loraplus_lr_ratio=5.0)
+    rates = {
+        name.rpartition(".")[2]: group["peak_lr"]
+        for name, p in run.model.named_parameters()
+        for group in run.optimizer.param_groups
+        if any(p is one for one in group["params"])
+    }
+    assert rates == {"a": 1e-3, "b": pytest.approx(5e-3)}
+
+
+def test_adalora_ends_at_the_rank_that_was_asked_for(data):
+    run = run_of(data, "adalora", rank=2)
+    layers = [m for m in run.model.modules() if isinstance(m, AdaLoRALinear)]
+    alive = sum(int(layer.e.count_nonzero()) for layer in layers)
+    assert {layer.rank for layer in layers} == {3} and alive == 2 * len(layers)
+
+
+def test_adaloras_penalty_counts_once_in_the_mean_of_a_step(data):
+    """At birth it is all that its loss has beyond LoRA's, whatever the batches."""
+
+    def first_loss(method, accumulate):
+        run_of(data, method, fresh=True, accumulate=accumulate)
+        with (data / "out/curve.csv").open() as file:
+            return float(next(csv.DictReader(file))["loss"])
+
+    torch.manual_seed(0)
+    model = MinimalLlama.from_pretrained("stories-mini", dtype=torch.float32)
+    penalty = 0.5 * orthogonality_loss(add_adalora(model, 12)).item()
+    for accumulate in (1, 3):
+        more = first_loss("adalora", accumulate) - first_loss("lora", accumulate)
+        assert more == pytest.approx(penalty, abs=1e-4) and penalty > 0.1
+
+
+def test_galore_projects_to_the_rank_that_was_asked_for(data):
+    optimizer = run_of(data, "galore", rank=3).optimizer
+    ranks = {len(s["mean"]) for s in optimizer.state.values() if "basis" in s}
+    assert isinstance(optimizer, GaLore) and ranks == {3}
 
 
 def test_a_frozen_model_may_be_bfloat16_while_its_adapter_learns_in_float32(
@@ -156,41 +206,68 @@ def test_ipo_and_smoothing_are_taken(capsys, data):
     assert told(capsys, *words(data, *more, file="pairs.jsonl"))[0] == 0
 
 
-@pytest.mark.parametrize("file", ["tales.txt", "pairs.jsonl"])
-def test_a_stopped_run_goes_on_and_ends_alike(capsys, data, monkeypatch, file):
-    run = words(data, "--save-every", 2, "--dropout", "0.2", "--steps", 6, file=file)
-    assert told(capsys, *run)[0] == 0
-    adapter = data / "out/adapter_model.safetensors"
-    whole, first = load_file(adapter), scores(data)
-    adapter.unlink()
+def stop_at(words, step):
+    """Fine-tune, and press Ctrl-C after that step."""
 
-    class StopAtFive(recipe.Progress):
+    class Stopped(recipe.Progress):
         def __call__(self, run):
-            if run.step == 5:
+            if run.step == step:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(recipe, "Progress", StopAtFive)
-    assert told(capsys, *run)[0] == 130
-    monkeypatch.undo()
-    state = data / "out/training_state.pt"
-    assert state.stat().st_size < 2**20  # of 71,680 parameters, not of a million
-    code, _, err = told(capsys, *run, "--lr", "0.5")
-    assert code == 2 and "lr: None -> 0.5" in err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "Progress", Stopped)
+        assert main([str(word) for word in words]) == 130
+
+
+@pytest.mark.parametrize(("method", "file"), [
+    ("lora", "tales.txt"), ("lora", "pairs.jsonl"), ("lora+", "tales.txt"),
+    ("adalora", "tales.txt"), ("adalora", "pairs.jsonl"), ("galore", "tales.txt"),
+])  # fmt: skip
+def test_a_stopped_run_goes_on_and_ends_alike(capsys, data, method, file):
+    more = ("--save-every", 2, "--dropout", "0.2", "--steps", 6, "--method", method)
+    run = words(data, *more, file=file)
+    assert told(capsys, *run)[0] == 0
+    name = "model.safetensors" if METHODS[method].whole else "adapter_model.safetensors"
+    learned = data / "out" / name
+    whole, first = load_file(learned), scores(data)
+    learned.unlink()
+    stop_at(run, 5)
+    capsys.readouterr()
     code, out, _ = told(capsys, *run)
     assert code == 0 and "going on from step 4 of 6" in out
-    again = load_file(adapter)
+    again = load_file(learned)
     assert all(torch.equal(again[name], whole[name]) for name in whole)
-    assert scores(data) == first and not state.exists()
+    assert scores(data) == first and not (data / "out/checkpoints").exists()
+
+
+def test_a_stopped_run_refuses_other_options_and_is_as_small_as_its_adapter(
+    capsys, data
+):
+    run = words(data, "--save-every", 2)
+    stop_at(run, 3)
+    states = [file for file in (data / "out/checkpoints").rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in states) < 2**20  # 71,680 of a million
+    code, _, err = told(capsys, *run, "--lr", "0.5")
+    assert code == 2 and "lr: None -> 0.5" in err
 
 
 def test_a_stopped_run_refuses_other_data(capsys, data):
-    assert told(capsys, *words(data))[0] == 0
-    (data / "out/training_state.pt").write_bytes(b"")
+    run = words(data, "--save-every", 2)
+    stop_at(run, 3)
     (data / "tales.txt").write_text("Another text altogether, and long enough.")
-    code, _, err = told(capsys, *words(data))
+    code, _, err = told(capsys, *run)
     assert code == 2 and "data_sha256" in err
     (data / "out/options.json").unlink()
-    assert "options.json is missing" in told(capsys, *words(data))[2]
+    assert "options.json is missing" in told(capsys, *run)[2]
+
+
+def test_what_began_anew_never_goes_on_from_the_run_before(capsys, data):
+    run = words(data, "--save-every", 2)
+    stop_at(run, 3)
+    other = [*run, "--lr", "0.5"]
+    stop_at([*other, "--fresh"], 1)  # before a checkpoint of its own
+    code, out, _ = told(capsys, *other)
+    assert code == 0 and "going on" not in out
 
 
 @pytest.mark.parametrize(("more", "expected"), [
@@ -199,9 +276,12 @@ def test_a_stopped_run_refuses_other_data(capsys, data):
     (("--dpo", "x.jsonl"), "give one of the two"),
     (("--method", "prefix", "--merge"), "method='prefix' is no change of a weight"),
     (("--method", "full", "--merge"), "method='full' leaves nothing to merge"),
+    (("--method", "galore", "--merge"), "method='galore' leaves nothing to merge"),
     (("--method", "full", "--dtype", "bfloat16"), "dtype='bfloat16' with"),
+    (("--method", "adalora", "--steps", "1"), "leave some of steps=1, one to look"),
     (("--dtype", "int8"), "dtype='int8' must be one of float32, bfloat16"),
     (("--lr", "0"), "lr=0.0 must be a number above 0"),
+    (("--loraplus-lr-ratio", "0"), "loraplus_lr_ratio=0.0 must be a number above 0"),
     (("--epochs", "nan"), "epochs=nan must be a number above 0"),
     (("--beta", "-1"), "beta=-1.0 must be a number above 0"),
     (("--steps", "0"), "steps=0 must be at least 1"),
@@ -223,7 +303,7 @@ def test_a_wrong_option_is_told_before_any_work(capsys, data, more, expected):
     assert not (data / "out").exists()
 
 
-@pytest.mark.parametrize("method", ["full", "prompt"])
+@pytest.mark.parametrize("method", ["full", "galore", "prompt"])
 def test_preferences_need_an_adapter_that_can_be_switched_off(capsys, data, method):
     code, _, err = told(capsys, *words(data, "--method", method, file="pairs.jsonl"))
     assert code == 2 and f"method='{method}' with --dpo: the reference is" in err
