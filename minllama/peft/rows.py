@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from minllama.peft.adapter import Adapter, Spec, adapters, specs
 from minllama.peft.attach import wrap
 from minllama.peft.base import innermost
-from minllama.peft.lora_layers import LoRALinear
+from minllama.peft.lora_layers import LoRALinear, is_bare
+from minllama.peft.rows_kernel import FEW, rows_down, rows_up
 from minllama.peft.targets import outer_modules
 
 MIXED = "mixed"
@@ -51,7 +52,7 @@ class Siblings:
         assert self.a is not None
         if self.x is not x:
             ranks = [one.b.size(-1) for one in self.layers]
-            self.low = torch.bmm(x, self.a.transpose(1, 2)).split(ranks, dim=-1)
+            self.low = rows_down(x, self.a).split(ranks, dim=-1)
             self.x = x
         low = self.low[self.layers.index(layer)]
         if layer is self.layers[-1]:  # the last to ask: nothing is kept alive
@@ -83,9 +84,8 @@ class RowLoRALinear(Adapter):
         return []
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
         if self.row_b is None or self.strength == 0:
-            return y
+            return self.base(x)
         if x.dim() != 3 or x.size(0) != self.row_b.size(0):
             raise ValueError(
                 f"x of shape {tuple(x.shape)} does not fit {self.row_b.size(0)} rows; "
@@ -93,8 +93,13 @@ class RowLoRALinear(Adapter):
             )
         low = self.siblings.down(x, self)
         if torch.is_grad_enabled():
-            return torch.baddbmm(y, low, self.row_b)
-        return y.baddbmm_(low, self.row_b)  # one product that also adds
+            return torch.baddbmm(self.base(x), low, self.row_b)
+        if x.size(1) > FEW and is_bare(self.base, x) and self.base.bias is None:
+            y = torch.bmm(low, self.row_b)  # first: so it is written once, and the
+            weight = self.base.weight  # heavy product adds it while it computes
+            y.flatten(0, 1).addmm_(x.flatten(0, 1), weight.t())
+            return y
+        return rows_up(self.base(x), low, self.row_b)
 
 
 def mix_adapters(model: nn.Module, names: Sequence[str] | None = None) -> nn.Module:

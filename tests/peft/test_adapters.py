@@ -190,6 +190,7 @@ def test_every_kind_of_model_takes_every_adapter(name, any_model):
 TWINS = ("rslora", "lora_fa", "olora")  # of lora and pissa: the same layers
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # of PyTorch
 @pytest.mark.parametrize("name", [n for n in EVERY if n not in TWINS])
 def test_one_graph_holds_the_whole_model(name):
     model = shake(EVERY[name](make_model("llama", n_layers=1)))

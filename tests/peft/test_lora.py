@@ -32,6 +32,7 @@ from minllama.peft import (
     mix_adapters,
     prepend_prompt,
     remove_adapter,
+    reset_adapters,
     set_adapter,
     set_rows,
     trainable_parameters,
@@ -258,10 +259,10 @@ def test_dropout_is_for_training_only():
 
 def test_lora_plus_gives_b_a_higher_rate():
     model = add_lora(make_model("llama"), trainable_tokens=[5])
-    fast, rest = lora_plus_groups(model, lr=1e-3, ratio=16)
+    rest, fast = lora_plus_groups(model, lr=1e-3, ratio=16)
     assert fast["lr"] == 16e-3 and rest["lr"] == 1e-3
     assert len(fast["params"]) == 4 and len(rest["params"]) == 5
-    torch.optim.AdamW([fast, rest])
+    torch.optim.AdamW([rest, fast])
 
 
 def two(family: str = "llama", **changes) -> nn.Module:
@@ -396,6 +397,8 @@ def test_wrong_rows_are_refused():
     with pytest.raises(ValueError, match=r"names=\['eve'\] must be some of anna, bob"):
         mix_adapters(model, ["eve"])
     mix_adapters(model)
+    with pytest.raises(ValueError, match="adapter 'mixed' .* has no beginning to go"):
+        reset_adapters(model)
     with pytest.raises(ValueError, match="row 'eve' is no adapter; they are anna, bob"):
         set_rows(model, ["eve"])
     with pytest.raises(ValueError, match="row 2 is no adapter"):
