@@ -2,9 +2,11 @@
 
     low' = low cos - high sin          high' = high cos + low sin
 
-Pairs are (i, i + d/2). A program takes some tokens, fetches their angles once and turns
-all heads of q and of k by them: 2 values moved per element, and one launch where
+Pairs are (i, i + d/2). A program takes a token, fetches its angles once and turns all
+heads of q and of k by them: 2 values moved per element, and one launch where
 PyTorch needs about ten. Backward is the turn by the opposite angle, the same kernel.
+A program lives for 6 us, so what it does before its first load counts: row and token
+are places in the grid, since to divide one number by T took a tenth of the time.
 
 The result is new memory. Turning in place moves as many bytes and would save a copy of
 q and k, but must not be done to a gradient that another path shares; and q and k before
@@ -26,7 +28,8 @@ from minllama.architecture.kernels import (
 )
 from minllama.architecture.rope import Rotation
 
-TOKENS, WARPS = 1, 4  # of 1B: 32 heads of 2 x 32 are one 16-byte load a thread
+WARPS = 4  # of 1B: 32 heads of 2 x 32 are one 16-byte load a thread
+GRID = 65535  # programs at most along a grid's second and third dimension
 
 
 def rope_reference(
@@ -39,14 +42,12 @@ def rope_reference(
 
 @triton.jit
 def _places(
-    token, at, n_tokens, x_head, HEADS: tl.constexpr, D: tl.constexpr,
-    HEAD_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Where the low halves of some tokens' heads are, come from, and go to."""
-    head = tl.arange(0, HEAD_BLOCK)[None, :, None]
-    i = tl.arange(0, BLOCK)[None, None, :]
-    inside = (token < n_tokens) & (head < HEADS) & (i < D // 2)
-    return at + (head * x_head + i), token * HEADS * D + (head * D + i), inside
+    HEADS: tl.constexpr, D: tl.constexpr, HEAD_BLOCK: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Head and channel of the low halves of a token's heads, and which exist."""
+    head = tl.arange(0, HEAD_BLOCK)[:, None]
+    i = tl.arange(0, BLOCK)[None, :]
+    return head, i, (head < HEADS) & (i < D // 2)
 
 
 @triton.jit
@@ -59,33 +60,33 @@ def _store_turned(out_ptr, low, high, cos, sin, inside, HALF: tl.constexpr):
 
 @triton.jit
 def _rope(
-    q_ptr, k_ptr, cos_ptr, sin_ptr, q_out, k_out, n_tokens, T, q_batch, q_token, q_head,
+    q_ptr, k_ptr, cos_ptr, sin_ptr, q_out, k_out, B, T, q_batch, q_token, q_head,
     k_batch, k_token, k_head, angle_batch, BACK: tl.constexpr, H: tl.constexpr,
     K: tl.constexpr, D: tl.constexpr, H_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr, GRID: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    token = token[:, None, None]
-    b, t = token // T, token % T
-    i = tl.arange(0, BLOCK)[None, None, :]
+    t = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64) + tl.program_id(2) * GRID
+    if b >= B:
+        return
+    i = tl.arange(0, BLOCK)[None, :]
     at = b * angle_batch + t * D + D // 2 + i  # the half of sin that has no sign
-    inside = (token < n_tokens) & (i < D // 2)
-    cos = tl.load(cos_ptr + at, mask=inside, other=0.0)
-    sin = tl.load(sin_ptr + at, mask=inside, other=0.0)
+    cos = tl.load(cos_ptr + at, mask=i < D // 2, other=0.0)
+    sin = tl.load(sin_ptr + at, mask=i < D // 2, other=0.0)
     if BACK:
         sin = -sin
-    q_at, q_to, q_in = _places(
-        token, b * q_batch + t * q_token, n_tokens, q_head, H, D, H_BLOCK, BLOCK
-    )  # type: ignore[misc]
-    k_at, k_to, k_in = _places(
-        token, b * k_batch + t * k_token, n_tokens, k_head, K, D, K_BLOCK, BLOCK
-    )  # type: ignore[misc]
-    q_low = tl.load(q_ptr + q_at, mask=q_in, other=0.0)  # all loads before any store
-    q_high = tl.load(q_ptr + q_at + D // 2, mask=q_in, other=0.0)
-    k_low = tl.load(k_ptr + k_at, mask=k_in, other=0.0)
-    k_high = tl.load(k_ptr + k_at + D // 2, mask=k_in, other=0.0)
-    _store_turned(q_out + q_to, q_low, q_high, cos, sin, q_in, D // 2)
-    _store_turned(k_out + k_to, k_low, k_high, cos, sin, k_in, D // 2)
+    q_row, q_i, q_in = _places(H, D, H_BLOCK, BLOCK)  # type: ignore[misc]
+    k_row, k_i, k_in = _places(K, D, K_BLOCK, BLOCK)  # type: ignore[misc]
+    q_ptr += b * q_batch + t * q_token + q_row * q_head + q_i
+    k_ptr += b * k_batch + t * k_token + k_row * k_head + k_i
+    q_low = tl.load(q_ptr, mask=q_in, other=0.0)  # all loads before any store
+    q_high = tl.load(q_ptr + D // 2, mask=q_in, other=0.0)
+    k_low = tl.load(k_ptr, mask=k_in, other=0.0)
+    k_high = tl.load(k_ptr + D // 2, mask=k_in, other=0.0)
+    q_out += (b * T + t) * H * D + q_row * D + q_i
+    k_out += (b * T + t) * K * D + k_row * D + k_i
+    _store_turned(q_out, q_low, q_high, cos, sin, q_in, D // 2)
+    _store_turned(k_out, k_low, k_high, cos, sin, k_in, D // 2)
 
 
 def _fake(q, k, cos, sin, back):
@@ -104,9 +105,9 @@ def rope_turn(
     sizes = {"H_BLOCK": H, "K_BLOCK": K, "BLOCK": d // 2}
     blocks = {name: next_power_of_2(n) for name, n in sizes.items()}
     launch(
-        _rope, (cdiv(B * T, TOKENS),), q, k, cos, sin, q_out, k_out, B * T, T,
+        _rope, (T, min(B, GRID), cdiv(B, GRID)), q, k, cos, sin, q_out, k_out, B, T,
         *q.stride()[:3], *k.stride()[:3], T * d if cos.size(0) > 1 else 0, BACK=back,
-        H=H, K=K, D=d, **blocks, TOKENS=TOKENS, num_warps=WARPS,
+        H=H, K=K, D=d, **blocks, GRID=GRID, num_warps=WARPS,
     )  # fmt: skip
     return q_out, k_out
 

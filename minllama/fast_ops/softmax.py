@@ -2,14 +2,16 @@
 
     y = exp(x - max) / sum(exp(x - max))         dx = y (dy - sum(y dy))
 
-A row of up to 32,768 values stays in registers: read once, written once. A longer one
-is read twice, and the first pass is *online*: it finds maximum m and sum s together,
-piece by piece. When a piece raises the maximum from m to m', all that was summed was
-too large by exp(m - m'), so it is scaled:
+A row of up to 16,384 values stays in registers: read once, written once. A longer one
+is read twice, the second time from the cache, and the first pass is *online*: it finds
+maximum m and sum s together, piece by piece. When a value x raises the maximum from m
+to m', all that was summed was too large by exp(m - m'), so it is scaled:
 
-    m' = max(m, max(piece))        s' = s exp(m - m') + sum(exp(piece - m'))
+    m' = max(m, x)        s' = s exp(m - m') + exp(x - m')
 
-Flash attention is this line with a matrix product in it. Arithmetic is float32.
+Each lane of a program keeps its own m and s, of every 4,096th value, and the lanes are
+combined by the same rule at the end. Flash attention is this line with a matrix product
+in it. Arithmetic is float32.
 Paper: Milakov and Gimelshein 2018, arXiv:1805.02867.
 """
 
@@ -26,7 +28,9 @@ from minllama.architecture.kernels import (
     triton,
 )
 
-MAX_BLOCK = 32768  # values of a row in registers: 32 a thread of the largest program
+FORWARD, BACKWARD = 16384, 32768  # longest row in registers: 32 values a thread
+PIECE = {"BLOCK": 4096, "num_warps": 8, "num_stages": 1}  # of a longer one
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32: where a maximum begins
 
 
 def softmax_reference(x: Tensor) -> Tensor:
@@ -69,19 +73,23 @@ def _softmax_backward(
 def _softmax_forward_online(x_ptr, y_ptr, N, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     x_ptr, y_ptr, col = x_ptr + row * stride, y_ptr + row * N, tl.arange(0, BLOCK)
-    top, total = -float("inf"), 0.0
+    top = tl.full((BLOCK,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, N, BLOCK):
         at = start + col
-        x = tl.load(x_ptr + at, mask=at < N, other=-float("inf")).to(tl.float32)
-        new_top = tl.maximum(top, tl.max(x, axis=0))
-        base = tl.where(new_top == -float("inf"), 0.0, new_top)  # nothing seen yet
-        total = total * tl.exp(top - base) + tl.sum(tl.exp(x - base), axis=0)
+        x = tl.load(
+            x_ptr + at, mask=at < N, other=-float("inf"), eviction_policy="evict_last"
+        ).to(tl.float32)
+        new_top = tl.maximum(top, x)
+        total = total * tl.exp(top - new_top) + tl.exp(x - new_top)
         top = new_top
+    row_top = tl.max(top, axis=0)
+    inverse = 1 / tl.sum(total * tl.exp(top - row_top), axis=0)
     for start in range(0, N, BLOCK):
         at = start + col
-        x = tl.load(x_ptr + at, mask=at < N, other=0.0).to(tl.float32)
-        y = tl.exp(x - top) / total
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < N)
+        x = tl.load(x_ptr + at, mask=at < N, other=0.0, eviction_policy="evict_first")
+        y = (tl.exp(x.to(tl.float32) - row_top) * inverse).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + at, y, mask=at < N, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -122,11 +130,8 @@ def _rows(x: Tensor) -> Tensor:
 def softmax_forward(x: Tensor) -> Tensor:
     """Softmax over the last dimension."""
     y, N, x2 = x.new_empty(x.shape), x.size(-1), _rows(x)
-    if N > MAX_BLOCK:
-        launch(
-            _softmax_forward_online, (x2.size(0),), x2, y, N, x2.stride(0),
-            BLOCK=8192, num_warps=16,
-        )  # fmt: skip
+    if N > FORWARD:
+        launch(_softmax_forward_online, (x2.size(0),), x2, y, N, x2.stride(0), **PIECE)
     else:
         launch(
             _softmax_forward, _grid(x2), x2, y, x2.size(0), N, x2.stride(0), **sizes(N)
@@ -139,10 +144,10 @@ def softmax_backward(dy: Tensor, y: Tensor) -> Tensor:
     """Gradient of the input, from the contiguous output and its gradient."""
     dx, N, dy2 = y.new_empty(y.shape), y.size(-1), _rows(dy)
     y = y.contiguous()
-    if N > MAX_BLOCK:
+    if N > BACKWARD:
         launch(
             _softmax_backward_long, (dy2.size(0),), dy2, y, dx, N, dy2.stride(0),
-            BLOCK=8192, num_warps=16,
+            **PIECE,
         )  # fmt: skip
     else:
         launch(
