@@ -19,21 +19,33 @@ gains 11 small kernels a layer of about 2 us, 0.35 ms.
 """
 
 import argparse
-import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import record
+from benchmarks.contestants import (
+    GIB,
+    Contestant,
+    adamw,
+    build,
+    medians,
+    our_twin,
+    peak_of,
+    plain_rotation,
+    take_turns,
+    transformers_loss,
+    transformers_twin,
+    with_liger,
+)
 from minllama.architecture.accounting_training import TrainingStep
 from minllama.architecture.cache import StaticCaches
 from minllama.architecture.config import LlamaConfig
@@ -50,7 +62,6 @@ from minllama.peft import (
     trainable_parameters,
 )
 
-GIB = 2**30
 RANK = 16
 TINY = LlamaConfig(
     vocab_size=512, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=128
@@ -74,51 +85,9 @@ THEIRS = {  # name: Liger's kernels, compiled layers, Liger's linear loss
 }
 
 
-@dataclass
-class Contestant:
-    """A model with an adapter, and what its step is."""
-
-    name: str
-    model: nn.Module
-    loss: Callable[[Tensor], Tensor]
-    optimizer: torch.optim.Optimizer
-
-    def step(self, tokens: Tensor) -> float:
-        loss = self.loss(tokens)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())  # waits
-
-    def resident(self) -> int:
-        """Bytes of weights and optimizer states."""
-        states = [t for s in self.optimizer.state.values() for t in s.values()]
-        held = [*self.model.parameters(), *self.model.buffers(), *states]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in held}
-        return sum(storage.nbytes() for storage in storages.values())
-
-
-def build(config: LlamaConfig, device: str, dtype: torch.dtype) -> MinimalLlama:
-    """Random weights, made where they will be."""
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return MinimalLlama.from_config(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def adamw(model: nn.Module) -> torch.optim.AdamW:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=1e-4, fused=True)
-
-
 def our_contestant(name: str, method: str, base: MinimalLlama) -> Contestant:
     fast, compiled = OURS[name]
-    with torch.device("meta"):
-        model = MinimalLlama.from_config(base.config)
-    model.load_state_dict(base.state_dict(), assign=True)  # the same memory
-    model.tie_weights()
+    model = our_twin(base)
     ADD[method](model)
     if fast:
         use_fast_ops(model)
@@ -137,33 +106,6 @@ def our_contestant(name: str, method: str, base: MinimalLlama) -> Contestant:
     return Contestant(name, model.train(), loss, adamw(model))
 
 
-def transformers_twin(base: MinimalLlama):
-    """transformers' model over the same memory."""
-    import transformers
-
-    c, weight = base.config, base.embed_tokens.weight
-    config = transformers.LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_dim,
-        num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
-        num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, rms_norm_eps=c.norm_eps,
-        max_position_embeddings=c.max_seq_len, tie_word_embeddings=c.tie_embeddings,
-        rope_parameters={
-            "rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_theta
-        },
-        bos_token_id=None, eos_token_id=None, attn_implementation="sdpa",
-    )  # fmt: skip
-    with torch.device("meta"):
-        twin = transformers.LlamaForCausalLM(config)
-    state = {
-        name if name.startswith("lm_head") else f"model.{name}": tensor
-        for name, tensor in base.state_dict().items()
-    }
-    twin.load_state_dict(state, assign=True)
-    with torch.device(weight.device):
-        twin.model.rotary_emb = type(twin.model.rotary_emb)(config=config)
-    return twin
-
-
 def peft_config(method: str):
     import peft
 
@@ -180,19 +122,10 @@ def peft_config(method: str):
 
 def their_contestant(name: str, method: str, base: MinimalLlama) -> Contestant:
     import peft
-    from transformers.models.llama import modeling_llama
 
     kernels, compiled, linear = THEIRS[name]
-    rotate = modeling_llama.apply_rotary_pos_emb  # Liger replaces it for all models
     twin = transformers_twin(base)
-    if linear:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        apply_liger_kernel_to_llama(
-            model=twin, rope=kernels, rms_norm=kernels, swiglu=kernels
-        )
-    own = modeling_llama.apply_rotary_pos_emb
-    modeling_llama.apply_rotary_pos_emb = rotate
+    rotate = with_liger(twin, kernels) if linear else plain_rotation()
     with torch.device(base.embed_tokens.weight.device):
         model = peft.get_peft_model(
             twin, peft_config(method), autocast_adapter_dtype=False
@@ -203,18 +136,7 @@ def their_contestant(name: str, method: str, base: MinimalLlama) -> Contestant:
     if compiled:
         for layer in twin.model.layers:
             layer.compile()
-
-    def loss(tokens: Tensor) -> Tensor:
-        modeling_llama.apply_rotary_pos_emb = own
-        try:
-            out = model(
-                input_ids=tokens[:, :-1], labels=tokens[:, :-1],
-                shift_labels=tokens[:, 1:].contiguous(), use_cache=False,
-            )  # fmt: skip
-            return out.loss
-        finally:
-            modeling_llama.apply_rotary_pos_emb = rotate
-
+    loss = transformers_loss(model, rotate)
     return Contestant(name, model.train(), loss, adamw(model))
 
 
@@ -236,25 +158,6 @@ def contestants(method: str, base: MinimalLlama, cuda: bool) -> Iterator[Contest
             print(f"{name} {method}: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def peak_of(one: Contestant, tokens: Tensor) -> tuple[int, int]:
-    """Bytes of one step at its fullest, and after the forward pass; its own only."""
-    if not tokens.is_cuda:
-        return 0, 0
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    others = torch.cuda.memory_allocated() - one.resident()
-    loss = one.loss(tokens)
-    held = torch.cuda.memory_allocated() - others
-    del loss
-    one.step(tokens)
-    return torch.cuda.max_memory_allocated() - others, held
-
-
 def warmed_up(
     method: str, base: MinimalLlama, tokens: Tensor
 ) -> Iterator[tuple[Contestant, float]]:
@@ -263,27 +166,13 @@ def warmed_up(
     for one in contestants(method, base, tokens.is_cuda):
         start = time.perf_counter()
         try:
-            first = one.step(tokens)
-            one.step(tokens)
+            first = float(one.step(tokens))
+            float(one.step(tokens))
         except Exception as error:  # one that fails does not lose the others
             print(f"{one.name}: {type(error).__name__}: {error}", file=sys.stderr)
             continue
         print(f"{method}, {one.name}: ready in {time.perf_counter() - start:.1f} s")
         yield one, first
-
-
-def take_turns(runs: dict[str, Callable], repeats: int, many: int = 1) -> dict:
-    """Name to seconds of each turn, `many` runs a turn."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            wait()
-            start = time.perf_counter()
-            for _ in range(many):
-                run()
-            wait()
-            times[name].append((time.perf_counter() - start) / many)
-    return times
 
 
 def predicted(config: LlamaConfig, method: str, tokens: Tensor, dtype: str) -> int:
@@ -311,12 +200,12 @@ def training_case(method: str, options: argparse.Namespace) -> list[dict]:
     ready = list(warmed_up(method, base, tokens))
     runs = {one.name: lambda one=one: one.step(tokens) for one, _ in ready}
     times = take_turns(runs, options.repeats)
-    medians = {who: statistics.median(turns) for who, turns in times.items()}
-    peers = [t for who, t in medians.items() if who.startswith("peft")]
+    middle = medians(times)
+    peers = [t for who, t in middle.items() if who.startswith("peft")]
     rows = []
     for one, first in ready:
         peak, held = peak_of(one, tokens)
-        s, turns, eager = medians[one.name], times[one.name], one.name == "ours: eager"
+        s, turns, eager = middle[one.name], times[one.name], one.name == "ours: eager"
         foreseen = f"{predicted(config, method, tokens, name) / GIB:.3f}"
         rows.append({
             "case": method, "who": one.name, "batch": B, "tokens": T, "dtype": name,
@@ -342,7 +231,11 @@ def capture(step: Callable[[], None]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay(kept: Callable[[], None] = step) -> None:  # with the memory it works on
+        graph.replay()
+
+    return replay
 
 
 def generation(model: MinimalLlama, prompt: Tensor) -> dict[str, Callable]:
@@ -391,7 +284,7 @@ def rows_case(options: argparse.Namespace) -> list[dict]:
             doing = {who: run[what] for who, run in runs.items()}
             take_turns(doing, 2, many)  # warm-up
             times = take_turns(doing, options.repeats, many)
-            middle = {who: statistics.median(turns) for who, turns in times.items()}
+            middle = medians(times)
             for who, s in middle.items():
                 rows.append({
                     "case": f"rows {what}", "who": f"{who}{': fast_ops' * fast}",

@@ -54,11 +54,16 @@ class Case:
     sizes: tuple[int, int, int, int]  # B, T, S, d
     pairs: int  # of queries and keys that see each other, of all B rows
     window: int | None = None
+    heads_first: bool = False  # in memory: what a peer likes best; same shape
 
     def tensors(self, device: str) -> list[Tensor]:
         B, T, S, d = self.sizes
         shapes = ((B, T, H, d), (B, S, K, d), (B, S, K, d))
-        return [torch.randn(s, device=device, dtype=torch.bfloat16) for s in shapes]
+        made = [torch.randn(s, device=device, dtype=torch.bfloat16) for s in shapes]
+        return [self.laid_out(x) for x in made]
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).contiguous().transpose(1, 2) if self.heads_first else x
 
 
 def through_sdpa(q, k, v, backend=None, causal=True) -> Tensor:
@@ -145,7 +150,9 @@ def decode_cases(
                     )
             for who, run in runs.items():
                 shape = f"B{B} {H}/{K} S{S} d{d}"
-                yield Case("decode", who, shape, run, (B, 1, S, d), B * S)
+                first = who in ("SDPA default", *BACKENDS)
+                sizes, pairs = (B, 1, S, d), B * S
+                yield Case("decode", who, shape, run, sizes, pairs, heads_first=first)
 
 
 @torch.no_grad()
