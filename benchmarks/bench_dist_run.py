@@ -11,6 +11,10 @@ each; weights random, one fixed batch.
 *scaling*: 1B, the same rows per GPU, on all GPUs and on one of them (a shard group of
 one rank, all GPUs at it at the same time, so that heat is equal), three times in turn.
 
+*fast*: the same step with chapter 8's kernels and twice the rows, against transformers
+with all of Liger's kernels, first with full checkpointing and then with none, which
+fits: 16,384 tokens a GPU keep 139 kB a token and block, 73 GB.
+
 *exposed*: the part of a step in which communication runs and nothing is computed, from
 the profiler's kernels of rank 0.
 
@@ -106,6 +110,15 @@ def hf_loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits, batch.targets.flatten(), reduction="sum")
 
 
+def liger_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Summed, as the others; transformers hands num_items_in_batch to Liger's loss."""
+    count = batch.targets.numel()
+    tokens, targets = batch.tokens, batch.targets
+    return count * model(
+        input_ids=tokens, labels=tokens, shift_labels=targets, use_cache=False
+    ).loss  # fmt: skip
+
+
 def fill(model: nn.Module, device: str) -> None:
     """Random numbers straight into the slices: which ones does not matter here."""
     model.to_empty(device=device)
@@ -136,9 +149,9 @@ def ours(config: LlamaConfig, mesh: DeviceMesh, device: str, how: dict) -> Minim
 
 
 def transformers_model(
-    config: LlamaConfig, mesh: DeviceMesh, device: str, checkpointing: str | None
+    config: LlamaConfig, mesh: DeviceMesh, device: str, how: dict
 ) -> nn.Module:
-    """The peer: the same shapes, units and precisions, eager."""
+    """The peer: the same shapes, units and precisions; eager, or Liger's kernels."""
     from transformers import LlamaConfig as TheirConfig
     from transformers import LlamaForCausalLM
 
@@ -157,7 +170,11 @@ def transformers_model(
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(theirs)
-    if checkpointing:
+    if how.get("liger"):
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(model=model)
+    if "checkpointing" in how:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     for layer in model.model.layers:
@@ -196,8 +213,8 @@ def measure_step(options, mesh, name: str, B: int, T: int, who: str, how: dict) 
     base = torch.cuda.memory_allocated() if device == "cuda" else 0
     data = mesh["shard"]
     if who == "transformers":
-        model = transformers_model(config, data, device, how.get("checkpointing"))
-        loss = hf_loss
+        model = transformers_model(config, data, device, how)
+        loss = liger_loss if how.get("liger") else hf_loss
     else:
         model = ours(config, data, device, how)
         loss = how.get("loss", plain_loss)
@@ -296,6 +313,23 @@ def fused_loss(model: nn.Module, batch: Batch) -> Tensor:
     return head_loss(model.lm_head, hidden, batch.targets)
 
 
+def steps_fast(options) -> list[dict]:
+    """Ours and the peer with kernels and linear loss, in turn."""
+    mesh = init_mesh(device=options.device)
+    name, B, T = ("tiny", 2, 64) if options.smoke else (options.model, 4, 4096)
+    ours = {"fast": True, "words": ", use_fast_ops, linear_cross_entropy"}
+    theirs = {"liger": True, "words": " + Liger"}
+    rows = []
+    for policy in ({"checkpointing": "full"}, {}):
+        for who, how in (("minllama", ours), ("transformers", theirs)):
+            if how is theirs and options.device != "cuda":
+                continue  # Liger's kernels need a GPU
+            how = {"case": "fast", "loss": fused_loss, **how, **policy}
+            job = partial(measure_step, options, mesh, name, B, T, who, how)
+            rows.append(guarded(job))
+    return rows
+
+
 def scaling(options) -> list[dict]:
     """Weak scaling of 1B, on one GPU and on all, in turn."""
     world = dist.get_world_size()
@@ -348,7 +382,12 @@ def say(words: str) -> None:
         print(words, flush=True)
 
 
-CASES = {"step": steps_8b, "scaling": scaling, "generate": generation}
+CASES = {
+    "step": steps_8b,
+    "fast": steps_fast,
+    "scaling": scaling,
+    "generate": generation,
+}
 
 
 def run(options: argparse.Namespace) -> None:
@@ -363,7 +402,7 @@ def run(options: argparse.Namespace) -> None:
     if dist.get_rank() == 0 and rows:
         print(record.table(rows))
         if options.device == "cuda" and not options.smoke:
-            name = f"dist_run_cuda_{dist.get_world_size()}"
+            name = f"{options.name}_cuda_{dist.get_world_size()}"
             record.write(name, rows, options.device, options.folder)
 
 
@@ -373,6 +412,7 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3.1-8b", help="of the case step")
     parser.add_argument("--cases", default="step,scaling,generate")
     parser.add_argument("--steps", type=int, default=8, help="timed, of each row")
+    parser.add_argument("--name", default="dist_run", help="of the table written")
     parser.add_argument("--smoke", action="store_true", help="seconds, writes nothing")
     parser.add_argument("--out", default=str(record.RESULTS))
     options = parser.parse_args()

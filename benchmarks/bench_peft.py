@@ -9,8 +9,8 @@ step, less what the others hold. Peers: PEFT over transformers, eager; with Lige
 kernels and its linear loss; either compiled layer by layer.
 
 Mixed rows: 8 rows, each with its own adapter of rank 16 on all linear layers, against
-the same model with nothing beside its weights, as after `merge`: the prompt eagerly,
-and decoding in a captured graph.
+the same model with nothing beside its weights, as after `merge`: the prompt eagerly and
+in a captured graph, decoding in a captured graph.
 
 Prediction. A step of an 8B model over 4,096 tokens is 2 x 2 x 7.5e9 x 4,096 = 123
 TFLOP of products with frozen weights, 0.17 s at 720 TFLOP/s, whoever runs it. What
@@ -239,7 +239,7 @@ def capture(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def generation(model: MinimalLlama, prompt: Tensor) -> dict[str, Callable]:
-    """Reading a prompt (eager), and a step behind it (captured)."""
+    """Reading a prompt, eager and captured, and a step behind it, captured."""
     B, T = prompt.shape
     caches = model.new_caches(B, T + 1, kind=StaticCaches)
     token = model(prompt, caches=caches, at=-1).argmax(-1)
@@ -251,7 +251,10 @@ def generation(model: MinimalLlama, prompt: Tensor) -> dict[str, Callable]:
         token.copy_(model(token, caches=caches).argmax(-1))
         caches.lengths.fill_(T)  # so that every step is the same
 
-    return {"prefill": prefill, "decode": capture(step)}
+    return {
+        "prefill": prefill, "prefill captured": capture(prefill),
+        "decode": capture(step),
+    }  # fmt: skip
 
 
 def mixed_model(model: MinimalLlama, rows: int) -> MinimalLlama:
@@ -280,7 +283,7 @@ def rows_case(options: argparse.Namespace) -> list[dict]:
             model = mixed_model(model, B) if who == "mixed" else model
             model = use_fast_ops(model) if fast else model
             runs[who] = generation(model, prompt)
-        for what, many in (("prefill", 3), ("decode", 20)):
+        for what, many in (("prefill", 3), ("prefill captured", 3), ("decode", 20)):
             doing = {who: run[what] for who, run in runs.items()}
             take_turns(doing, 2, many)  # warm-up
             times = take_turns(doing, options.repeats, many)

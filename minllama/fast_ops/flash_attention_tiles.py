@@ -111,7 +111,7 @@ def side_by_side(x: Tensor) -> Tensor:
 
 def takes_engine(*tensors: Tensor) -> bool:
     """Whether the copy engine can read these: Hopper or newer, 16-byte steps."""
-    return _has_engine(tensors[0].device) and all(
+    return has_engine(tensors[0].device) and all(
         x.element_size() in ENGINE_SIZES
         and x.data_ptr() % 16 == 0
         and x.stride(-1) == 1
@@ -121,8 +121,11 @@ def takes_engine(*tensors: Tensor) -> bool:
 
 
 @cache
-def _has_engine(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+def has_engine(device: torch.device) -> bool:
+    """NVIDIA's Hopper or newer: a copy engine, and kernels that wait on the GPU."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 @cache

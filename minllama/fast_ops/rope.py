@@ -63,12 +63,14 @@ def _rope(
     q_ptr, k_ptr, cos_ptr, sin_ptr, q_out, k_out, B, T, q_batch, q_token, q_head,
     k_batch, k_token, k_head, angle_batch, BACK: tl.constexpr, H: tl.constexpr,
     K: tl.constexpr, D: tl.constexpr, H_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr, GRID: tl.constexpr,
+    BLOCK: tl.constexpr, MANY: tl.constexpr, GRID: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
-    b = tl.program_id(1).to(tl.int64) + tl.program_id(2) * GRID
-    if b >= B:
-        return
+    b = tl.program_id(1).to(tl.int64)
+    if MANY:  # a grid's second dimension is too short for them
+        b += tl.program_id(2) * GRID
+        if b >= B:
+            return
     i = tl.arange(0, BLOCK)[None, :]
     at = b * angle_batch + t * D + D // 2 + i  # the half of sin that has no sign
     cos = tl.load(cos_ptr + at, mask=i < D // 2, other=0.0)
@@ -107,7 +109,7 @@ def rope_turn(
     launch(
         _rope, (T, min(B, GRID), cdiv(B, GRID)), q, k, cos, sin, q_out, k_out, B, T,
         *q.stride()[:3], *k.stride()[:3], T * d if cos.size(0) > 1 else 0, BACK=back,
-        H=H, K=K, D=d, **blocks, GRID=GRID, num_warps=WARPS,
+        H=H, K=K, D=d, **blocks, MANY=B > GRID, GRID=GRID, num_warps=WARPS,
     )  # fmt: skip
     return q_out, k_out
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from minllama.architecture.kernels import (
-    UPCAST,
     cdiv,
     launch,
     next_power_of_2,
@@ -25,6 +24,7 @@ from minllama.architecture.kernels import (
 )
 
 FEW = 8  # tokens a row, at most
+MOST = 64  # ranks: the loop over them is unrolled, so that all loads are under way
 
 
 def rows_down_reference(x: Tensor, a: Tensor) -> Tensor:
@@ -58,22 +58,19 @@ def _rows_down(
 
 @triton.jit
 def _rows_up(
-    y_ptr, low_ptr, b_ptr, T, OUT, r, y_row, y_token, low_row, low_token, b_row,
-    RANK: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    y_ptr, low_ptr, b_ptr, T, OUT, y_row, y_token, low_row, low_token, b_row,
+    RANK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, t = tl.program_id(0).to(tl.int64), tl.arange(0, TOKENS)[:, None]
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    rank = tl.arange(0, RANK)
-    at = low_ptr + row * low_row + t * low_token + rank[None, :]
-    low = tl.load(at, mask=(t < T) & (rank < r)[None, :], other=0.0)
-    at = b_ptr + row * b_row + rank[:, None] * OUT + n
-    b = tl.load(at, mask=(rank < r)[:, None] & (n < OUT), other=0.0)
-    at, inside = y_ptr + row * y_row + t * y_token + n, (t < T) & (n < OUT)
-    y = tl.load(at, mask=inside, other=0.0)
-    if UPCAST:
-        low, b = low.to(tl.float32), b.to(tl.float32)
-    y = tl.dot(low, b, y.to(tl.float32), input_precision="ieee")
-    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    row, t = tl.program_id(0).to(tl.int64) // T, tl.program_id(0).to(tl.int64) % T
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    y_ptr += row * y_row + t * y_token + n
+    low_ptr += row * low_row + t * low_token
+    b_ptr += row * b_row + n
+    y = tl.load(y_ptr, mask=n < OUT, other=0.0).to(tl.float32)
+    for rank in tl.static_range(RANK):  # type: ignore[attr-defined]
+        b = tl.load(b_ptr + rank * OUT, mask=n < OUT, other=0.0)
+        y += tl.load(low_ptr + rank).to(tl.float32) * b.to(tl.float32)
+    tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), mask=n < OUT)
 
 
 @operator(fake=lambda x, a: x.new_empty(x.size(0), x.size(1), a.size(1)))
@@ -96,9 +93,9 @@ def rows_up_(y: Tensor, low: Tensor, b: Tensor) -> None:
     """y (B, T, out) += low (B, T, r) times b (B, r, out)."""
     (B, T, out), r = y.shape, b.size(1)
     launch(
-        _rows_up, (B, cdiv(out, 256)), y, low, b, T, out, r,
+        _rows_up, (B * T, cdiv(out, 256)), y, low, b, T, out,
         y.stride(0), y.stride(1), low.stride(0), low.stride(1), b.stride(0),
-        RANK=max(16, next_power_of_2(r)), TOKENS=16, BLOCK=256, num_warps=4,
+        RANK=r, BLOCK=256, num_warps=1,
     )  # fmt: skip
 
 
@@ -121,7 +118,7 @@ def rows_up(y: Tensor, low: Tensor, b: Tensor) -> Tensor:
 
     A row whose B is zero keeps its bits.
     """
-    if not _fits("rows_up", y, low, b):
+    if b.size(1) > MOST or not _fits("rows_up", y, low, b):
         return rows_up_reference(y, low, b)
     rows_up_(y, low, b.contiguous())
     return y

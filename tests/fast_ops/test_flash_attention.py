@@ -223,7 +223,7 @@ def test_the_copy_engine_reads_the_same(monkeypatch):
     inputs, layout = draw(T=70, H=2, K=1, d=24), span(30, 40)
     ends = (layout.first, layout.last)
     plain = [both(inputs), both(inputs, *ends)]
-    monkeypatch.setattr(flash_attention_tiles, "_has_engine", lambda device: True)
+    monkeypatch.setattr(flash_attention_tiles, "has_engine", lambda device: True)
     monkeypatch.setattr(flash_attention_tiles, "ENGINE_SIZES", (4,))
     assert flash_attention_tiles.takes_engine(*inputs)
     for (expected, _), pair in zip(plain, ((None, None), ends)):
