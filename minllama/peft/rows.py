@@ -5,14 +5,16 @@
 `mix_adapters` stacks the adapters of each layer; `set_rows` gathers the rows' A and B
 into tensors whose addresses stay, so that a step, captured in a graph or not, costs two
 small batched products a layer and never looks at an id. Layers that read the same input
-(queries, keys and values; gate and up) share the first product.
+(queries, keys and values; gate and up) share the first product, and where there are few
+tokens, so that starting a kernel costs more than its work, the second, too.
 
 Serving many adapters over one base: Punica, Chen et al. 2023, arXiv:2310.18547; S-LoRA,
 Sheng et al. 2023, 2311.03285.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +36,12 @@ class Siblings:
     def __init__(self) -> None:
         self.layers: list[RowLoRALinear] = []
         self.a: Tensor | None = None  # (B, R, in): the rows', R the sum of ranks
-        self.x: Tensor | None = None
-        self.low: tuple[Tensor, ...] = ()
+        self.x: Tensor | None = None  # what was read last,
+        self.made: list[Tensor | None] = []  # and what each layer makes of it
 
     def gather(self, ids: Tensor | None) -> None:
         """Take the rows' A and B; into the same memory if the rows are as many."""
-        self.x, self.low = None, ()
+        self.x, self.made = None, []
         if ids is None:
             self.a = None
             return
@@ -49,15 +51,31 @@ class Siblings:
 
     def down(self, x: Tensor, layer: "RowLoRALinear") -> Tensor:
         """A x for one layer, (B, T, r): made once for all that ask with the same x."""
+
+        def make(low: Tensor) -> list[Tensor]:
+            return list(low.split([one.b.size(-1) for one in self.layers], dim=-1))
+
+        return self._once(x, layer, make)
+
+    def whole(self, x: Tensor, layer: "RowLoRALinear") -> Tensor:
+        """Base and change of one layer, of few tokens: made for all of them at once."""
+
+        def make(low: Tensor) -> list[Tensor]:
+            ys = [one.base(x) for one in self.layers]
+            return rows_up(ys, low, [cast(Tensor, one.row_b) for one in self.layers])
+
+        return self._once(x, layer, make)
+
+    def _once(self, x: Tensor, layer: "RowLoRALinear", make: Callable) -> Tensor:
         assert self.a is not None
-        if self.x is not x:
-            ranks = [one.b.size(-1) for one in self.layers]
-            self.low = rows_down(x, self.a).split(ranks, dim=-1)
+        at = self.layers.index(layer)
+        if self.x is not x or self.made[at] is None:
+            self.made = make(rows_down(x, self.a))
             self.x = x
-        low = self.low[self.layers.index(layer)]
+        mine, self.made[at] = self.made[at], None  # nobody gets it twice
         if layer is self.layers[-1]:  # the last to ask: nothing is kept alive
-            self.x, self.low = None, ()
-        return low
+            self.x, self.made = None, []
+        return cast(Tensor, mine)
 
 
 class RowLoRALinear(Adapter):
@@ -91,15 +109,16 @@ class RowLoRALinear(Adapter):
                 f"x of shape {tuple(x.shape)} does not fit {self.row_b.size(0)} rows; "
                 "set_rows with an adapter for each row of the batch."
             )
+        if x.size(1) <= FEW and not torch.is_grad_enabled():
+            return self.siblings.whole(x, self)
         low = self.siblings.down(x, self)
         if torch.is_grad_enabled():
             return torch.baddbmm(self.base(x), low, self.row_b)
-        if x.size(1) > FEW and is_bare(self.base, x) and self.base.bias is None:
-            y = torch.bmm(low, self.row_b)  # first: so it is written once, and the
-            weight = self.base.weight  # heavy product adds it while it computes
-            y.flatten(0, 1).addmm_(x.flatten(0, 1), weight.t())
-            return y
-        return rows_up(self.base(x), low, self.row_b)
+        if not is_bare(self.base, x) or self.base.bias is not None:
+            return self.base(x).baddbmm_(low, self.row_b)
+        y = torch.bmm(low, self.row_b)  # first: so it is written once, and the heavy
+        y.flatten(0, 1).addmm_(x.flatten(0, 1), self.base.weight.t())  # product adds it
+        return y
 
 
 def mix_adapters(model: nn.Module, names: Sequence[str] | None = None) -> nn.Module:

@@ -3,17 +3,18 @@
     low[i, t] = A[i] x[i, t]            y[i, t] += B[i] low[i, t]        i: a row
 
 A new token has nothing to multiply: all of A and B is read once, and what counts is
-that many programs read at the same time. A program of the first product takes a rank or
-two of one row; of the second, a stretch of the output.
-
-On an H200 a captured step of Llama 3.2 1B has 16 x 11 such products; `torch.bmm` and
-`baddbmm` took 4.9 us each, these 2.5. Texts of many tokens are left to the library.
+that many programs read at the same time, and that there are few kernels. A program of
+the first product takes a rank or two of one row; of the second, a stretch of what one
+of the layers that share x puts out. A captured step of Llama 3.2 1B (H200) had 16 x 11
+such products of `torch.bmm` and `baddbmm`, 4.9 us each; it has 16 x 8 of these. Texts
+of many tokens are left to the library.
 """
 
 import torch
 from torch import Tensor
 
 from minllama.architecture.kernels import (
+    UPCAST,
     cdiv,
     launch,
     next_power_of_2,
@@ -24,7 +25,7 @@ from minllama.architecture.kernels import (
 )
 
 FEW = 8  # tokens a row, at most
-MOST = 64  # ranks: the loop over them is unrolled, so that all loads are under way
+BLOCK = 256  # outputs of a program
 
 
 def rows_down_reference(x: Tensor, a: Tensor) -> Tensor:
@@ -32,9 +33,13 @@ def rows_down_reference(x: Tensor, a: Tensor) -> Tensor:
     return torch.bmm(x, a.transpose(1, 2))
 
 
-def rows_up_reference(y: Tensor, low: Tensor, b: Tensor) -> Tensor:
-    """y += B low, row by row, in place. (B, T, out), (B, T, r), (B, r, out) -> y."""
-    return y.baddbmm_(low, b)
+def rows_up_reference(ys: list[Tensor], low: Tensor, bs: list[Tensor]) -> list[Tensor]:
+    """y += B low, row by row, in place, for layers whose parts of low are in a row.
+
+    (B, T, out) each, (B, T, R), (B, r, out) each -> ys.
+    """
+    lows = low.split([b.size(1) for b in bs], dim=-1)
+    return [y.baddbmm_(own, b) for y, own, b in zip(ys, lows, bs)]
 
 
 @triton.jit
@@ -58,19 +63,27 @@ def _rows_down(
 
 @triton.jit
 def _rows_up(
-    y_ptr, low_ptr, b_ptr, T, OUT, y_row, y_token, low_row, low_token, b_row,
-    RANK: tl.constexpr, BLOCK: tl.constexpr,
+    ys, bs, outs, ranks, low_ptr, T, R, COUNT: tl.constexpr, RANK: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, t = tl.program_id(0).to(tl.int64) // T, tl.program_id(0).to(tl.int64) % T
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    y_ptr += row * y_row + t * y_token + n
-    low_ptr += row * low_row + t * low_token
-    b_ptr += row * b_row + n
-    y = tl.load(y_ptr, mask=n < OUT, other=0.0).to(tl.float32)
-    for rank in tl.static_range(RANK):  # type: ignore[attr-defined]
-        b = tl.load(b_ptr + rank * OUT, mask=n < OUT, other=0.0)
-        y += tl.load(low_ptr + rank).to(tl.float32) * b.to(tl.float32)
-    tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), mask=n < OUT)
+    row, t = tl.program_id(0).to(tl.int64), tl.arange(0, TOKENS)[:, None]
+    tile, rank = tl.program_id(1), tl.arange(0, RANK)
+    low_ptr += (row * T + t) * R + rank[None, :]
+    for layer in tl.static_range(COUNT):  # type: ignore[attr-defined]
+        out, r = outs[layer], ranks[layer]
+        if tile >= 0 and tile < tl.cdiv(out, BLOCK):  # this program's layer
+            n = tile * BLOCK + tl.arange(0, BLOCK)[None, :]
+            low = tl.load(low_ptr, mask=(t < T) & (rank < r)[None, :], other=0.0)
+            at = bs[layer] + (row * r + rank[:, None]) * out + n
+            b = tl.load(at, mask=(rank < r)[:, None] & (n < out), other=0.0)
+            at, inside = ys[layer] + (row * T + t) * out + n, (t < T) & (n < out)
+            y = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            if UPCAST:
+                low, b = low.to(tl.float32), b.to(tl.float32)
+            y = tl.dot(low, b, y, input_precision="ieee")
+            tl.store(at, y.to(ys[layer].dtype.element_ty), mask=inside)
+        tile -= tl.cdiv(out, BLOCK)
+        low_ptr += r
 
 
 @operator(fake=lambda x, a: x.new_empty(x.size(0), x.size(1), a.size(1)))
@@ -88,14 +101,15 @@ def rows_down_few(x: Tensor, a: Tensor) -> Tensor:
     return low
 
 
-@operator(fake=lambda y, low, b: None, mutates=("y",))
-def rows_up_(y: Tensor, low: Tensor, b: Tensor) -> None:
-    """y (B, T, out) += low (B, T, r) times b (B, r, out)."""
-    (B, T, out), r = y.shape, b.size(1)
+@operator(fake=lambda ys, low, bs: None, mutates=("ys",))
+def rows_up_(ys: list[Tensor], low: Tensor, bs: list[Tensor]) -> None:
+    """y (B, T, out) += its part of low (B, T, R) times b (B, r, out), for each pair."""
+    B, T, R = low.shape
+    outs, ranks = tuple(y.size(2) for y in ys), tuple(b.size(1) for b in bs)
     launch(
-        _rows_up, (B * T, cdiv(out, 256)), y, low, b, T, out,
-        y.stride(0), y.stride(1), low.stride(0), low.stride(1), b.stride(0),
-        RANK=r, BLOCK=256, num_warps=1,
+        _rows_up, (B, sum(cdiv(out, BLOCK) for out in outs)), tuple(ys), tuple(bs),
+        outs, ranks, low, T, R, COUNT=len(ys), TOKENS=16, BLOCK=BLOCK,
+        RANK=max(16, next_power_of_2(max(ranks))), num_warps=4,
     )  # fmt: skip
 
 
@@ -113,12 +127,10 @@ def rows_down(x: Tensor, a: Tensor) -> Tensor:
     return rows_down_reference(x, a)
 
 
-def rows_up(y: Tensor, low: Tensor, b: Tensor) -> Tensor:
-    """y += B low, in place and without gradient. (B, T, out), (B, T, r), (B, r, out).
-
-    A row whose B is zero keeps its bits.
-    """
-    if b.size(1) > MOST or not _fits("rows_up", y, low, b):
-        return rows_up_reference(y, low, b)
-    rows_up_(y, low, b.contiguous())
-    return y
+def rows_up(ys: list[Tensor], low: Tensor, bs: list[Tensor]) -> list[Tensor]:
+    """As `rows_up_reference`. A row whose B is zero keeps its bits."""
+    whole = all(x.is_contiguous() for x in (*ys, low, *bs))
+    if not whole or not _fits("rows_up", *ys, low, *bs):
+        return rows_up_reference(ys, low, bs)
+    rows_up_(ys, low, bs)
+    return ys

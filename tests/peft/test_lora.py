@@ -136,6 +136,7 @@ def test_who_watches_the_base_sees_its_own_output(add):
     with torch.no_grad():
         layer.b.add_(0.3 * torch.randn_like(layer.b))
     unwatched, x, seen = model(tokens), torch.randn(3, 17, 32).double(), []
+    x = x.to(tokens.device)
     own = layer.base(x)
     handle = layer.base.register_forward_hook(lambda m, args, y: seen.append(y))
     assert (layer(x) - own).abs().max() > 1e-2
@@ -365,6 +366,18 @@ def test_rows_compile_to_one_graph_and_new_ids_make_no_other():
     with torch.no_grad():
         assert_close(compiled(tokens), model(tokens))
         set_rows(model, [1, 1, 0])
+        assert_close(compiled(tokens), model(tokens))
+    assert backend.graphs == 1
+
+
+def test_a_step_of_rows_is_one_graph():
+    model, tokens = two().float(), random_tokens(3, 1)
+    set_rows(mix_adapters(model), [0, 1, None])
+    backend = CountingBackend()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        assert_close(compiled(tokens), model(tokens))
+        set_rows(model, [1, None, 0])
         assert_close(compiled(tokens), model(tokens))
     assert backend.graphs == 1
 
