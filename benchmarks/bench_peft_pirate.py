@@ -1,30 +1,32 @@
 """Teach a tiny model to talk like a pirate: what is learned, and what is forgotten?
 
-    python benchmarks/bench_peft_pirate.py [--valid FILE] [--only METHOD …]
+    python benchmarks/bench_peft_pirate.py [--model stories] [--only METHOD …]
+        [--device cuda] [--workers 8] [--valid FILE]
 
-Each method trains on pirate.txt for the same steps. Its learning rate is the best one
-on a slice of that text (every fifth tale, kept out of the sweep's training; one seed).
-Three runs on all of the text with that rate are then scored, in nats per token:
+Each method trains on pirate.txt at each of its learning rates, for 8, 15, 30 and 60
+steps: runs of their own, each with its whole schedule. Every fifth tale is kept out of
+training, the *slice*. A run is scored in nats per token on
 
-    style     pirate_heldout.txt: what was to be learned
+    slice     the tales kept out: they choose rate and steps, for all methods alike
+    style     pirate_heldout.txt: what was to be learned; it has no say in any choice
     stories   stories_en_heldout.txt: plain stories by the hands that wrote the tales
     own       stories that the model itself told before training: what rises here is its
               distance from what it was, KL(before | after) per token
     valid     with --valid, a file of the model's own training kind (TinyStories)
 
-Full fine-tuning and LoRA are scored once more at half strength: half of the change,
-which an adapter gives by a switch (set_adapter), full fine-tuning as a mean of models.
+and once more at half strength, if the method has a dial: half of what an adapter adds;
+of full fine-tuning, the mean of the models before and after.
 
-Writes peft_pirate.csv (every run, the sweep's too) and peft_spectrum.csv (the share of
-a full fine-tune's change of each weight that lies in its first r directions).
+One seed tries all rates and steps, and its slice chooses; two more repeat what was
+chosen. Writes peft_pirate.csv, a row for each score, and peft_spectrum.csv (the share
+of a full fine-tune's change of each weight that lies in its first r directions). Runs
+that the table has are not run again; delete the file to begin anew.
 """
 
 import argparse
-import copy
 import csv
 import sys
-import time
-from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -33,145 +35,61 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import record
-from minllama import MinimalLlama, Tokenizer, generate
-from minllama.architecture.data import PackedBatches, encode_documents, read_documents
-from minllama.architecture.optim import make_adamw
-from minllama.architecture.train import train, warmup_cosine
-from minllama.peft import (
-    adapter_names,
-    add_dora,
-    add_ia3,
-    add_llama_adapter,
-    add_lora,
-    add_norm_tuning,
-    add_pissa,
-    add_prefix,
-    add_prompt,
-    set_adapter,
-    trainable_parameters,
-)
-from minllama.peft.sft import held_out_loss, with_prompt
-
-TEXTS = Path(__file__).parent.parent / "minllama" / "assets" / "texts"
-SEQ_LEN, ROWS, STEPS, SEEDS = 256, 4, 60, (0, 1, 2)
-PROMPT = 16  # tokens of prefix and prompt
-HIGH, MIDDLE, LOW = (1e-2, 3e-2, 1e-1, 3e-1), (3e-4, 1e-3, 3e-3, 1e-2), (
-    1e-5, 3e-5, 1e-4, 3e-4)  # fmt: skip
-
-METHODS: dict[str, tuple[Callable, tuple[float, ...]]] = {
-    "full": (lambda model: model, LOW),
-    "lora r=2, all-linear": (lambda m: add_lora(m, 2, 4, "all-linear"), MIDDLE),
-    "lora r=32, all-linear": (lambda m: add_lora(m, 32, 32, "all-linear"), MIDDLE),
-    "lora r=8, q v": (lambda m: add_lora(m, 8, 16), MIDDLE),
-    "dora r=1, all-linear": (lambda m: add_dora(m, 1, 2, "all-linear"), MIDDLE),
-    "pissa r=2, all-linear": (lambda m: add_pissa(m, 2, 2, "all-linear"), MIDDLE),
-    "ia3": (add_ia3, HIGH),
-    "norms": (add_norm_tuning, HIGH),
-    "prefix": (lambda m: add_prefix(m, PROMPT), HIGH),
-    "prompt": (lambda m: add_prompt(m, PROMPT, words=range(256, 272)), HIGH),
-    "llama-adapter": (lambda m: add_llama_adapter(m, 10), HIGH),
-}
+from benchmarks.pirate import METHODS, SEEDS, SMOKE, STEPS, Bench, Job, read_texts
+from minllama import MinimalLlama
 
 
-class Bench:
-    """A base model, its texts, and what it scores before training."""
-
-    def __init__(self, name: str, valid: str | None, smoke: bool) -> None:
-        self.name, self.steps = name, 3 if smoke else STEPS
-        self.tok = Tokenizer.from_pretrained(name)
-        self.tales = self.read(TEXTS / "pirate.txt")
-        self.texts = {
-            "style": self.read(TEXTS / "pirate_heldout.txt"),
-            "stories": self.read(TEXTS / "stories_en_heldout.txt"),
-            "own": own_stories(self.fresh(), self.tok, 2 if smoke else 24),
-        }
-        if valid:
-            self.texts["valid"] = self.read(Path(valid))[:60]
-        if smoke:
-            self.texts = {name: docs[:2] for name, docs in self.texts.items()}
-        self.before = self.score(self.fresh(), "before", self.texts)
-
-    def fresh(self) -> MinimalLlama:
-        return MinimalLlama.from_pretrained(self.name, dtype=torch.float32)
-
-    def read(self, path: Path) -> list[np.ndarray]:
-        return encode_documents(read_documents(path), self.tok)
-
-    def score(self, model: MinimalLlama, method: str, texts: dict) -> dict[str, float]:
-        return {
-            name: held_out_loss(model, self.prompted(model, method, docs), SEQ_LEN)
-            for name, docs in texts.items()
-        }
-
-    def prompted(self, model: MinimalLlama, method: str, docs: list) -> list:
-        """A learned prompt stands before each text, in training and in scoring."""
-        if method != "prompt":
-            return docs
-        return with_prompt(model, docs, SEQ_LEN - PROMPT)
-
-    def run(
-        self, method: str, lr: float, seed: int, tales: list, texts: dict
-    ) -> tuple[MinimalLlama, dict]:
-        """Train one model; the model and its row of the table."""
-        torch.manual_seed(seed)
-        start, model = time.perf_counter(), self.fresh()
-        whole = sum(p.numel() for p in model.parameters())
-        METHODS[method][0](model)
-        count = trainable_parameters(model)
-        tales = self.prompted(model, method, tales)
-        batches = PackedBatches(tales, ROWS, SEQ_LEN, seed)
-        schedule = warmup_cosine(self.steps, min(3, self.steps), floor=0.0)
-        optimizer = make_adamw(model, lr, weight_decay=0.0)
-        run = train(model, optimizer, batches, self.steps, schedule)
-        seconds = time.perf_counter() - start
-        row = {
-            "model": self.name, "method": method, "seed": seed, "parameters": count,
-            "share": f"{count / whole:.3%}", "lr": lr, "steps": self.steps,
-            "train_loss": f"{run.loss:.4f}",
-        }  # fmt: skip
-        row["seconds"] = f"{seconds:.1f}"
-        return model, {**row, **self.told(model, method, texts)}
-
-    def told(self, model: MinimalLlama, method: str, texts: dict) -> dict:
-        """What the texts lost before training and lose now."""
-        row = {}
-        for name, after in self.score(model, method, texts).items():
-            if name in self.before:
-                row[f"{name}_before"] = f"{self.before[name]:.4f}"
-            row[f"{name}_after"] = f"{after:.4f}"
-        return row
+def choose(rows: list[dict], method: str) -> tuple[float, int]:
+    """The rate and the steps of a method whose slice lost least, by the first seed."""
+    mine = [r for r in at_full_strength(rows, method) if int(r["seed"]) == SEEDS[0]]
+    best = min(mine, key=lambda row: float(row["slice"]))
+    return float(best["lr"]), int(best["steps"])
 
 
-@torch.no_grad()
-def halve(model: MinimalLlama, before: MinimalLlama) -> None:
-    """Half of what was learned: the adapter's strength, or the mean of two models."""
-    if adapter_names(model):
-        set_adapter(model, {"default": 0.5})
-        return
-    for new, old in zip(model.parameters(), before.parameters()):
-        new.lerp_(old, 0.5)
+def at_full_strength(rows: list[dict], method: str) -> list[dict]:
+    return [r for r in rows if r["method"] == method and float(r["strength"]) == 1]
 
 
-def own_stories(model: MinimalLlama, tok: Tokenizer, count: int) -> list[np.ndarray]:
-    """Stories that the model tells at temperature 1, ends included."""
-    begin = torch.full((count, 1), tok.bos_id)
-    told = generate(model, begin, 160, temperature=1.0, seed=0).tolist()
-    ends = [
-        ids.index(tok.eos_id) + 1 if tok.eos_id in ids else len(ids) for ids in told
-    ]
-    return [np.array(ids[:end]) for ids, end in zip(told, ends)]
+def changes(rows: list[dict], before: dict, text: str) -> np.ndarray:
+    """What the loss of a text changed by, for each row."""
+    return np.array([float(row[text]) - float(before[text]) for row in rows])
 
 
-def choose_rate(bench: Bench, method: str, rates: tuple) -> tuple[float, list[dict]]:
-    """The rate with the lowest loss on every fifth tale, trained on the others."""
-    slice_, rest = bench.tales[::5], [t for i, t in enumerate(bench.tales) if i % 5]
-    texts = {"slice": slice_, "own": bench.texts["own"]}
-    rows, found = [], []
-    for lr in rates:
-        _, row = bench.run(method, lr, 0, rest, texts)
-        rows.append({"part": "sweep", **row})
-        found.append(float(row["slice_after"]))
-    return rates[int(np.argmin(found))], rows
+def forgotten_at(rows: list[dict], before: dict, nats: float) -> float:
+    """Nats of own stories lost where just so much style was learned, of one seed.
+
+    Between neighbouring rates the line is straight, from the model before on; of the
+    numbers of steps, the one that forgets least. Not a number if none learns so much,
+    or if none was tried at three rates.
+    """
+    found = []
+    for steps in {int(row["steps"]) for row in rows}:
+        curve = [row for row in rows if int(row["steps"]) == steps]
+        curve.sort(key=lambda row: float(row["lr"]))
+        learned = np.array([0.0, *-changes(curve, before, "style")])
+        lost = np.array([0.0, *changes(curve, before, "own")])
+        enough = np.flatnonzero(learned >= nats)
+        if len(curve) > 2 and len(enough):
+            pair = slice(enough[0] - 1, enough[0] + 1)
+            found.append(float(np.interp(nats, learned[pair], lost[pair])))
+    return min(found, default=float("nan"))
+
+
+def summary(rows: list[dict], nats: float) -> list[dict]:
+    """Means (spreads) over the seeds at the chosen rate and steps; and at equals."""
+    before, told = rows[0], []
+    for method in dict.fromkeys(row["method"] for row in rows[1:]):
+        mine, (lr, steps) = at_full_strength(rows, method), choose(rows, method)
+        best = [r for r in mine if (float(r["lr"]), int(r["steps"])) == (lr, steps)]
+        line = {"method": method, "share": best[0]["share"], "lr": lr, "steps": steps}
+        for text in ("style", "stories", "own", "valid"):
+            if text in before:
+                change = changes(best, before, text)
+                line[text] = f"{change.mean():+.3f} ({np.ptp(change):.3f})"
+        first = [row for row in mine if int(row["seed"]) == SEEDS[0]]
+        line[f"own at {nats}"] = f"{forgotten_at(first, before, nats):+.3f}"
+        told.append(line)
+    return told
 
 
 def spectrum(before: MinimalLlama, after: MinimalLlama) -> list[dict]:
@@ -180,7 +98,7 @@ def spectrum(before: MinimalLlama, after: MinimalLlama) -> list[dict]:
     for name, weight in after.named_parameters():
         if weight.dim() < 2:
             continue
-        change = (weight - old[name]).detach().double()
+        change = (weight - old[name]).detach().double().cpu()
         random = torch.randn(
             change.shape, dtype=torch.double, generator=torch.Generator().manual_seed(0)
         )
@@ -190,7 +108,7 @@ def spectrum(before: MinimalLlama, after: MinimalLlama) -> list[dict]:
             "weight": name,
             "kind": name.split(".")[-2],
             "shape": "x".join(map(str, change.shape)),
-            "change": f"{change.norm() / old[name].double().norm():.4f}",
+            "change": f"{change.norm() / old[name].double().norm().item():.4f}",
             "rank_of_90_percent": rank,
         }
         for r in (1, 2, 4, 8, 16, 32):
@@ -207,80 +125,98 @@ def energy_shares(matrix: torch.Tensor) -> torch.Tensor:
     return squares.cumsum(0) / squares.sum()
 
 
-def summary(rows: list[dict]) -> list[dict]:
-    """Mean and spread over the seeds: what was learned, what was lost."""
-    told = []
-    kinds = dict.fromkeys(
-        (r["method"], r["part"]) for r in rows if r["part"] != "sweep"
-    )
-    for method, part in sorted(kinds, key=lambda kind: kind[1]):
-        mine = [r for r in rows if (r["method"], r["part"]) == (method, part)]
-        name = method if part == "final" else f"{method}, half"
-        line = {"method": name, "share": mine[0]["share"], "lr": mine[0]["lr"]}
-        for text in ("style", "stories", "own", "valid"):
-            if f"{text}_after" in mine[0]:
-                change = [
-                    float(r[f"{text}_after"]) - float(r[f"{text}_before"]) for r in mine
-                ]
-                line[text] = f"{np.mean(change):+.3f} ({np.ptp(change):.3f})"
-        told.append(line)
-    return told
+# ------------------------------------------------------------------ the whole of it
+
+BENCH: Bench  # of this process
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="stories-mini")
-    parser.add_argument("--valid", help="a TinyStories file: its first 60 are scored")
-    parser.add_argument("--only", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--smoke", action="store_true", help="seconds, writes nothing")
-    options = parser.parse_args()
-    only = ["full", "lora r=2, all-linear"] if options.smoke else options.only
-    bench = Bench(options.model, options.valid, options.smoke)
-    for method in only:
-        rates = METHODS[method][1]
-        lr, rows = choose_rate(bench, method, rates[1:2] if options.smoke else rates)
-        for seed in SEEDS[:1] if options.smoke else SEEDS:
-            model, row = bench.run(method, lr, seed, bench.tales, bench.texts)
-            rows.append({"part": "final", **row})
-            if method.startswith(("full", "lora")):
-                half = copy.deepcopy(model)
-                halve(half, bench.fresh())
-                told = bench.told(half, method, bench.texts)
-                rows.append({"part": "half", **row, **told})
-            if method == "full" and seed == 0 and not options.smoke:
-                write("peft_spectrum", spectrum(bench.fresh(), model), options.model)
-        if not options.smoke:
-            write("peft_pirate", rows, options.model)
-        print(record.table(summary(rows)), flush=True)
-    if not options.smoke:
-        print("change of the loss, nats per token: mean over the seeds (spread)")
-        print(record.table(summary(read("peft_pirate", options.model))))
+def prepare(*arguments) -> None:
+    """Every process has a base and texts of its own."""
+    global BENCH
+    torch.set_num_threads(1)
+    BENCH = Bench(*arguments)
 
 
-def file_name(name: str, model: str) -> str:
-    return name if model == "stories-mini" else f"{name}_{model}"
+def work(job: Job) -> list[dict]:
+    return BENCH.run(job)
 
 
-def read(name: str, model: str) -> list[dict]:
+def read_table(path: Path) -> list[dict]:
     """The rows that were written before, if any."""
-    path = record.RESULTS / f"{file_name(name, model)}.csv"
     if not path.exists():
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def write(name: str, rows: list[dict], model: str) -> None:
-    """Each method as soon as it is done; its rows replace those of an earlier run."""
-    methods = {row.get("method") for row in rows}
-    kept = [r for r in read(name, model) if r.get("method") not in methods]
-    rows = kept + rows if "method" in rows[0] else rows
-    keys = dict.fromkeys(key for row in rows for key in row)
-    record.write(
-        file_name(name, model),
-        [{key: row.get(key, "") for key in keys} for row in rows],
-        "cpu",
+def write_table(path: Path, rows: list[dict]) -> None:
+    """Whole or not at all; each row names the machine that made it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(path)
+
+
+def run_all(pool, jobs: list[Job], rows: list[dict], path: Path | None) -> list[dict]:
+    """The rows, and those of the jobs that are not among them."""
+    done = {
+        (r["method"], float(r["lr"]), int(r["steps"]), int(r["seed"])) for r in rows
+    }
+    for found in pool.imap_unordered(work, [job for job in jobs if job not in done]):
+        rows = [*rows, *found]
+        if path:
+            write_table(path, rows)
+    return rows
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", default="stories-mini")
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--workers", type=int, default=1, help="processes at a time")
+    add("--valid", help="a TinyStories file: its first 60 are scored")
+    add("--only", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    add("--rates", nargs="+", type=float, help="instead of each method's own")
+    add("--steps", nargs="+", type=int, default=STEPS)
+    add("--sweep-seeds", type=int, default=1, help="seeds that try all rates and steps")
+    add("--out", type=Path, default=record.RESULTS, help="folder")
+    add("--smoke", action="store_true", help="seconds, writes nothing")
+    return parser.parse_args()
+
+
+def main() -> None:
+    asked = options()
+    tail = "" if asked.model == "stories-mini" else f"_{asked.model}"
+    path = None if asked.smoke else asked.out / f"peft_pirate{tail}.csv"
+    grid = (
+        SMOKE if asked.smoke else {m: asked.rates or METHODS[m][1] for m in asked.only}
     )
+    steps, seeds = ([3], SEEDS[:1]) if asked.smoke else (asked.steps, SEEDS)
+    arguments = asked.model, asked.device, read_texts(asked.model, asked.valid)
+    prepare(*arguments)
+    rows = read_table(path) if path else []
+    rows = rows or [BENCH.row(BENCH.base, ("before", 0.0, 0, 0), 0.0)]
+    sweep = [
+        (method, lr, count, seed)
+        for method in grid
+        for seed in SEEDS[: asked.sweep_seeds]
+        for lr in grid[method]
+        for count in steps
+    ]
+    with get_context("spawn").Pool(asked.workers, prepare, arguments) as pool:
+        rows = run_all(pool, sweep, rows, path)
+        best = [(m, *choose(rows, m), seed) for m in grid for seed in seeds]
+        rows = run_all(pool, best, rows, path)
+    print("change of the loss, nats a token: mean over the seeds (spread)")
+    print(record.table(summary(rows, 0.4)))
+    if "full" in asked.only and not asked.smoke:
+        full, _ = BENCH.learn(("full", *choose(rows, "full"), SEEDS[0]))
+        shares = spectrum(BENCH.base, full)
+        record.write(f"peft_spectrum{tail}", shares, asked.device, asked.out)
 
 
 if __name__ == "__main__":

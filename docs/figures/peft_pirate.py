@@ -1,44 +1,52 @@
-"""What each method learned and forgot on the pirate tales, from the CSV."""
+"""What is learned and forgotten on the pirate tales, on two models, from the CSVs."""
 
 import csv
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import style
 from style import ACCENT, B, D, H, T, V
 
-CSV = Path(__file__).parents[2] / "benchmarks/results/peft_pirate.csv"
-with CSV.open() as file:
-    rows = [row for row in csv.DictReader(file) if row["part"] in ("final", "half")]
-COLORS = {"full": B, "lora": T, "dora": D, "pissa": V, "ia3": H, "norms": ACCENT}
-MARKS = "osD^vP*X<>ph"
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.bench_peft_pirate import at_full_strength, changes, choose
+
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
+MODELS = {"peft_pirate_stories": "stories, 6.8M", "peft_pirate": "stories-mini, 0.95M"}
+LOOKS = {
+    "full": ("o", B), "lora, upper half": ("s", T), "lora, all-linear": ("D", T),
+    "lora, attention": ("^", T), "lora, mlp": ("v", T), "lora, q v": ("<", T),
+    "lora, dropout 0.1": (">", T), "lora, r = 1": ("1", T), "lora, r = 32": ("p", V),
+    "dora": ("P", D), "pissa": ("X", D), "ia3": ("h", H), "norms": ("*", ACCENT),
+    "prefix": ("d", H), "prompt": ("8", H), "llama-adapter": ("x", H),
+}  # fmt: skip
+CURVES = ("full", "lora, upper half")  # all their rates and steps, not the best alone
 
 
-def nats(row: dict) -> tuple[float, float]:
-    """Learned and forgotten."""
-    manner, own = (
-        float(row[f"{text}_before"]) - float(row[f"{text}_after"])
-        for text in ("style", "own")
-    )
-    return manner, -own
+def nats(rows: list[dict], before: dict) -> tuple[list, list]:
+    """Learned and forgotten, a number a row."""
+    return list(-changes(rows, before, "style")), list(changes(rows, before, "own"))
 
 
 style.use()
-fig, ax = plt.subplots(figsize=(7.2, 3.4))
-for at, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
-    color = COLORS.get(method.split()[0], style.INK)
-    for part in ("final", "half"):
-        mine = [r for r in rows if (r["method"], r["part"]) == (method, part)]
+fig, panels = plt.subplots(1, 2, figsize=(7.2, 3.7), sharey=True)
+for ax, (name, title) in zip(panels, MODELS.items()):
+    with (RESULTS / f"{name}.csv").open() as file:
+        before, *rows = csv.DictReader(file)
+    for method, (mark, color) in LOOKS.items():
+        mine = at_full_strength(rows, method)
         if not mine:
             continue
-        x, y = zip(*map(nats, mine))
-        share = float(mine[0]["share"].rstrip("%"))
-        label = f"{method}: {share:.3g} %" if share < 99 else method
-        ax.plot(x, y, MARKS[at], ms=6, color=color, alpha=0.85,
-                mfc=color if part == "final" else "none",
-                label=label if part == "final" else None)  # fmt: skip
-ax.plot([], [], "o", mfc="none", color=style.INK, label="hollow: half strength")
-ax.set(xlabel="learned, nats a token of pirate tales", ylim=(0, None))
-ax.set(ylabel="forgotten, nats a token of own stories")
-ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9.5, handlelength=1)
+        if method in CURVES:
+            ax.plot(*nats(mine, before), ".", ms=3.5, color=color, alpha=0.6)
+        best = [
+            r for r in mine if (float(r["lr"]), int(r["steps"])) == choose(rows, method)
+        ]
+        ax.plot(*nats(best, before), mark, ms=6, color=color, alpha=0.85, label=method)
+    ax.set(title=title, xlim=(0, None), ylim=(0, 1.05), xlabel="learned, nats a token")
+panels[0].set(ylabel="forgotten, nats a token")
+handles, labels = panels[1].get_legend_handles_labels()
+fig.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9,
+           handletextpad=0.2, columnspacing=1.0)  # fmt: skip
 style.save(fig, "peft_pirate", "Nats learned against nats forgotten, by method")
