@@ -66,7 +66,7 @@ THEIRS = {  # name: Liger's kernels, compiled layers, Liger's linear loss
     "transformers: compiled + Liger's loss": (False, True, True),
 }
 KINDS = {  # of kernels, by their names; the first that fits
-    "attention": r"cudnn.*(sdpa|fmha|attention)|flash|fmha|_forward_kernel|dq|dkv",
+    "attention": r"cudnn|flash|fmha",
     "loss": r"cross_entropy|_liger_cross|nll_loss|log_softmax",
     "products": r"gemm|nvjet|cutlass|xmma",
     "AdamW": r"adam|multi_tensor",
@@ -124,8 +124,8 @@ def kind_of(kernel: str) -> str:
     return next(fits, "elementwise")
 
 
-def profile(one: Contestant, tokens: Tensor, rows: int = 40) -> None:
-    """Where the milliseconds of a step go: kinds of kernels, then the largest."""
+def profile(one: Contestant, tokens: Tensor, largest: int = 40) -> list[dict]:
+    """Where the milliseconds of a step go, by kind; prints the largest kernels, too."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
@@ -144,9 +144,12 @@ def profile(one: Contestant, tokens: Tensor, rows: int = 40) -> None:
     for name, us in spent.items():
         kinds[kind_of(name)] += us
     print(f"{one.name}: {wall * 1e3:.1f} ms, kernels {sum(spent.values()) / 1e3:.1f}")
-    print("  " + " · ".join(f"{k} {us / 1e3:.1f}" for k, us in kinds.most_common()))
-    for name, us in spent.most_common(rows):
+    for name, us in spent.most_common(largest):
         print(f"  {us / 1e3:8.2f} ms {count[name]:5} {kind_of(name):11} {name[:110]}")
+    return [
+        {"who": one.name, "kind": kind, "ms": f"{us / 1e3:.1f}"}
+        for kind, us in kinds.most_common()
+    ]
 
 
 def mfu_flops(config: LlamaConfig, T: int) -> float:
@@ -200,9 +203,12 @@ def main() -> None:
     print(record.table(rows), flush=True)
     if not small:
         record.write(f"fast_step_{device}", rows, device, Path(options.out))
-    for one, _ in ready:
-        if one.name in options.profile:
-            profile(one, tokens)
+    chosen = [one for one, _ in ready if one.name in options.profile]
+    rows = [row for one in chosen for row in profile(one, tokens)]
+    if rows:
+        print(record.table(rows))
+    if rows and not small:
+        record.write(f"fast_profile_{device}", rows, device, Path(options.out))
 
 
 if __name__ == "__main__":

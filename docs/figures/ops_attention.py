@@ -1,44 +1,50 @@
-"""Attention against PyTorch's backends, from the CSV; without one it says so.
-
-Run benchmarks/fast_attention_cases.py --peers on a GPU, then this again.
-"""
+"""Attention against PyTorch's backends and FlexAttention, from the committed CSV."""
 
 import matplotlib.pyplot as plt
 import ops_measured as data
 import style
-from style import B, T
+from style import B, D, H, T, V
 
-PANELS = [
-    ("causal", "forward", "TFLOP_per_s", "causal, forward, TFLOP/s"),
-    ("causal", data.BOTH, "TFLOP_per_s", "and backward, TFLOP/s"),
-    ("decode", "forward", "GB_per_s", "decode, GB/s"),
+LOOKS = {  # who: marker, color, size, name
+    "SDPA default": ("|", B, 11, "SDPA's choice"),
+    "SDPA default of rows": ("x", B, 6, "SDPA, heads as rows"),
+    "flex": ("^", V, 6, "FlexAttention"),
+    "SDPA flash": ("s", H, 5, "SDPA flash"),
+    "SDPA cudnn": ("D", D, 6, "SDPA cuDNN"),
+    "ours": ("o", T, 6, "ours"),
+}
+PANELS = [  # operators, rate, title, limit
+    (("causal", "window"), "TFLOP_per_s", "training, TFLOP/s", None),
+    (("decode",), "GB_per_s", "decode, GB/s", data.COPY / 1e9),
 ]
-ROWS = data.attention()
+
+
+def name_of(row: dict) -> str:
+    """What is measured, in few words."""
+    shape = dict(zip("BHTd", row["shape"].split()))
+    if row["op"] == "decode":
+        return f"batch {shape['B'][1:]}, d {shape['d'][1:]}"
+    passes = "forward" if row["pass"] == "forward" else "and backward"
+    return f"{row['op']}, d {shape['d'][1:]}, {passes}"
+
 
 style.use()
-if ROWS:
-    fig, axes = plt.subplots(1, 3, figsize=(7.2, 3.6))
-    for ax, (op, passes, unit, title) in zip(axes, PANELS):
-        mine = [r for r in ROWS if (r["op"], r["pass"]) == (op, passes)]
-        at, ticks, names = 0.0, [], []
-        for shape in dict.fromkeys(r["shape"] for r in mine):
-            words = shape.split()
-            ax.text(0, at, f"{words[0]} {words[2]} {words[-1]}", fontsize=8.5,
-                    va="center", style="italic")  # fmt: skip
-            for r in (r for r in mine if r["shape"] == shape):
-                at += 1
-                ax.barh(at, float(r[unit]), 0.72, color=T if r["who"] == "ours" else B)
-                ticks.append(at)
-                names.append(r["who"].replace("default of rows", "rows"))
-            at += 1
-        ax.set_yticks(ticks, names, fontsize=7.5)
-        ax.tick_params(axis="y", length=0)
-        ax.set_title(title, fontsize=9.5)
-        ax.set_ylim(at - 0.3, -1.0)
-        if op == "decode":
-            ax.axvline(data.COPY / 1e9, color=style.INK, ls="--", lw=1)
-else:
-    fig, ax = plt.subplots(figsize=(7.2, 0.8))
-    ax.set_axis_off()
-    ax.text(0.5, 0.5, "not measured yet", ha="center", style="italic")
+fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.4), width_ratios=[1.15, 1])
+for ax, (ops, rate, title, limit) in zip(axes, PANELS):
+    mine = [r for r in data.OPS if r["op"].startswith(ops)]
+    names = list(dict.fromkeys(map(name_of, mine)))
+    for who, (mark, color, size, label) in LOOKS.items():
+        found = [r for r in mine if r["who"] == who]
+        at = [names.index(name_of(r)) for r in found]
+        ax.plot([float(r[rate]) for r in found], at, mark, color=color, ms=size,
+                label=label)  # fmt: skip
+    if limit:
+        ax.axvline(limit, color=style.INK, ls="--", lw=1)
+    ax.set_yticks(range(len(names)), names, fontsize=9)
+    ax.set(title=title, xlim=(0, None), ylim=(len(names) - 0.5, -0.5))
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="y")
+handles, labels = axes[1].get_legend_handles_labels()
+fig.legend(handles, labels, loc="outside upper center", ncols=6, fontsize=9,
+           columnspacing=1.0, handletextpad=0.2)  # fmt: skip
 style.save(fig, "ops_attention", "Attention, ours and PyTorch's backends")

@@ -18,10 +18,12 @@ BYTES = {
 
 style.use()
 fig, ax = plt.subplots(figsize=(7.2, 2.3))
+most = 0.0
 for at, (case, (apart, least)) in enumerate(BYTES.items()):
     op, shape = case.split()
     times = [data.microseconds(op, who, shape, "forward") for who in ("eager", "ours")]
     gain = times[0] / times[1]
+    most = max(most, gain, apart / least)
     ax.barh(at, gain, 0.55, color=T, alpha=0.8)
     ax.plot([apart / least] * 2, [at - 0.4, at + 0.4], color=style.INK, lw=2.2)
     ax.text(max(gain, apart / least) + 0.2, at, f"{gain:.1f}", va="center")
@@ -30,7 +32,7 @@ ax.plot(
 )
 ax.plot([], [], color=T, lw=6, alpha=0.8, label="measured: time plain / time fused")
 ax.set_yticks(range(len(BYTES)), [case.split()[0] for case in BYTES])
-ax.set(xlabel="times as fast, forward", xlim=(0, 17))
+ax.set(xlabel="times as fast, forward", xlim=(0, 1.12 * most))
 ax.tick_params(axis="y", length=0)
 ax.invert_yaxis()
 fig.legend(loc="outside upper center", ncols=2)

@@ -3,6 +3,8 @@
 import csv
 from pathlib import Path
 
+from minllama.architecture.accounting import PEAK_FLOPS
+
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 BOTH = "forward+backward"
 STEP = [  # operator, its shape for 16,384 tokens of Llama 3.2 1B, how often in a step
@@ -15,22 +17,19 @@ STEP = [  # operator, its shape for 16,384 tokens of Llama 3.2 1B, how often in 
 
 
 def rows(name: str) -> list[dict]:
-    """All rows of a CSV; none if it was not measured yet."""
-    path = RESULTS / f"{name}.csv"
-    return list(csv.DictReader(path.open())) if path.exists() else []
-
-
-def attention() -> list[dict]:
-    """Rows of attention, from whichever benchmark wrote them."""
-    found = [*rows("fast_attention_cuda"), *rows("fast_ops_cuda")]
-    return [r for r in found if r["op"].startswith(("causal", "window", "decode"))]
+    """All rows of a CSV."""
+    with (RESULTS / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
 
 
 OPS = rows("fast_ops_cuda")
 MACHINE = OPS[0]["machine"]
 COPY = 1e9 * float(OPS[0]["copy_GB_per_s"])  # bytes/s
 LINEAR = [r for r in OPS if r["op"] == "linear_cross_entropy"]
-HEAD = max(float(r["TFLOP_per_s"]) for r in LINEAR) * 1e12  # FLOP/s: products and loss
+HEAD = 1e12 * max(  # FLOP/s: products of the head of 1B, with its loss
+    float(r["TFLOP_per_s"]) for r in LINEAR if r["shape"] == "8192x2048x128256"
+)
+SHEET = next(rate for key, rate in PEAK_FLOPS.items() if key in MACHINE)  # FLOP/s
 
 
 def microseconds(op: str, who: str, shape: str, passes: str = BOTH) -> float:

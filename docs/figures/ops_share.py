@@ -30,10 +30,10 @@ for ax, passes in zip(axes, ("forward", data.BOTH)):
             best[at] = max(best.get(at, (0.0, "")), (share, who))
     for at, (share, who) in best.items():
         color = style.INK if who == "ours" else ACCENT
-        ax.text(104, at, f"{share:.0f}", color=color, va="center", fontsize=9.5)
+        ax.text(109, at, f"{share:.0f}", color=color, va="center", fontsize=9.5)
     ax.axvline(100, color=style.INK, ls="--", lw=1)
     ax.set(
-        title=passes.replace("+", " and "), xlim=(0, 115), xlabel="% of a copy's rate"
+        title=passes.replace("+", " and "), xlim=(0, 122), xlabel="% of a copy's rate"
     )
     ax.grid(axis="y")
 names = [f"{op}  {short(shape)}" for op, shape in CASES]

@@ -31,6 +31,11 @@ from minllama.architecture.kernels import (
 )
 
 REDUCTIONS = ("mean", "sum")
+WRITTEN_OVER = (
+    "cross_entropy: the gradient, which lies where the logits were, was used up by a "
+    "first backward, or modified by an inplace operation on the logits. Call backward "
+    "once, and do not write to the logits before; cross_entropy_reference allows both."
+)
 
 
 def cross_entropy_reference(
@@ -135,7 +140,7 @@ def run_cross_entropy(
 ) -> None:  # fmt: skip
     """Losses of (N, V) logits times `scale`; `gradient` writes over the logits."""
     N, V = logits.shape
-    lanes, warps = (2048, 32) if V >= 8192 else (128, 4)
+    lanes, warps = (2048, 32) if V >= 8192 else (128, 4)  # 2 or 1 a thread
     launch(
         _cross_entropy, (N,), logits, targets, losses, scale, N, V, logits.stride(0),
         ignore_index, smoothing, z_loss, GRADIENT=gradient, SMOOTH=smoothing > 0,
@@ -204,7 +209,10 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss):
-        (gradient,) = ctx.saved_tensors
+        try:
+            (gradient,) = ctx.saved_tensors
+        except RuntimeError as error:
+            raise RuntimeError(WRITTEN_OVER) from error
         scale_(gradient, dloss)
         return gradient, *[None] * 5
 
@@ -220,7 +228,8 @@ def cross_entropy(
     """Cross-entropy in nats, 0-d, float32 or wider. (..., V), (...) -> ().
 
     Where the logits need a gradient it is written over them, now: do not read them
-    afterwards, and call backward once. Without need of a gradient they stay.
+    afterwards, and call backward once (a second one is refused, since the first
+    scaled the gradient in place). Without need of a gradient they stay.
 
     Args:
         logits: copied first if they are not contiguous; the copy is then written over.
@@ -234,6 +243,7 @@ def cross_entropy(
     Raises:
         ValueError: shapes that do not belong together, a setting out of range, or a
             dtype or device that the kernel does not know.
+        RuntimeError: in backward, for a second time or after a write to the logits.
     """
     if logits.dim() < 1 or logits.shape[:-1] != targets.shape:
         raise ValueError(

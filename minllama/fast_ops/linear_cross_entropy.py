@@ -39,6 +39,10 @@ from minllama.fast_ops.cross_entropy import (
 )
 
 CHUNK_BYTES = 2**28  # of logits that exist at a time
+USED_UP = (
+    "linear_cross_entropy: its gradients, made in the forward pass, were used up by a "
+    "first backward. Call backward once; linear_cross_entropy_reference allows more."
+)
 
 
 def linear_cross_entropy_reference(
@@ -123,23 +127,23 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, *settings):
-        need_dh, need_dw = ctx.needs_input_grad[:2]
-        loss, dh, dw = linear_cross_entropy_forward(
-            hidden, weight, targets, *settings, need_dh, need_dw
-        )
+        loss, dh, dw = linear_cross_entropy_forward(hidden, weight, targets, *settings)
         ctx.save_for_backward(dh, dw)
-        ctx.needs = (need_dh, need_dw)
+        ctx.needs = settings[-2:]
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
-        dh, dw = ctx.saved_tensors
+        try:
+            dh, dw = ctx.saved_tensors
+        except RuntimeError as error:
+            raise RuntimeError(USED_UP) from error
         need_dh, need_dw = ctx.needs
         if need_dh:
             scale_(dh, dloss)
         if need_dw:
             scale_(dw, dloss)
-        return dh if need_dh else None, dw if need_dw else None, *[None] * 7
+        return dh if need_dh else None, dw if need_dw else None, *[None] * 9
 
 
 def linear_cross_entropy(
@@ -154,6 +158,9 @@ def linear_cross_entropy(
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
     """Cross-entropy of hidden W^T, in nats. (..., D), (V, D), (...) -> 0-d float32.
+
+    Gradients are made now, unless `torch.no_grad()` says that none will be asked for;
+    backward scales them in place, so call it once.
 
     Args:
         hidden: contiguous, or copied first. Under autocast it and the weight are
@@ -171,6 +178,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes or dtypes that do not belong together, or as
             `cross_entropy`.
+        RuntimeError: in backward, for a second time.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -181,10 +189,13 @@ def linear_cross_entropy(
     if not takes_kernel("linear_cross_entropy", hidden, weight):
         return linear_cross_entropy_reference(hidden, weight, targets, *settings)
     rows, targets = hidden.reshape(-1, hidden.size(-1)), targets.flatten()
-    accumulate = accumulate or weight.dtype
-    return _LinearCrossEntropy.apply(
-        rows, weight, targets, *settings, accumulate, chunk_bytes
-    )
+    more = (accumulate or weight.dtype, chunk_bytes)
+    if not torch.is_grad_enabled():  # what is measured only costs one product
+        return linear_cross_entropy_forward(
+            rows, weight, targets, *settings, *more, False, False
+        )[0]
+    needs = rows.requires_grad, weight.requires_grad
+    return _LinearCrossEntropy.apply(rows, weight, targets, *settings, *more, *needs)
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:

@@ -1,5 +1,7 @@
 """What an operator cannot do it says, with the value, before anything is computed."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -110,8 +112,23 @@ def test_a_second_backward_is_refused(op):
     weight = [torch.randn(7, 5, device=DEVICE)] if op is linear_cross_entropy else []
     loss = op(x.clone(), *weight, IDS)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"used up by a\s+first backward"):
         loss.backward()
+
+
+@needs_kernels
+def test_without_gradients_the_linear_loss_makes_one_product_only(monkeypatch):
+    file = importlib.import_module("minllama.fast_ops.linear_cross_entropy")
+    x = torch.randn(2, 5, device=DEVICE, requires_grad=True)
+    weight = torch.randn(7, 5, device=DEVICE, requires_grad=True)
+    asked, forward = [], file.linear_cross_entropy_forward
+    spy = lambda *settings: asked.append(settings[-2:]) or forward(*settings)
+    monkeypatch.setattr(file, "linear_cross_entropy_forward", spy)
+    loss = linear_cross_entropy(x, weight, IDS)
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(x, weight, IDS), loss)
+    linear_cross_entropy(x, weight.detach(), IDS)
+    assert asked == [(True, True), (False, False), (True, False)]
 
 
 @needs_kernels
