@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -33,10 +32,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import record
 from benchmarks.contestants import (
     GIB,
+    OURS,
+    TINY,
     Contestant,
     adamw,
     build,
     medians,
+    our_loss,
     our_twin,
     peak_of,
     plain_rotation,
@@ -48,18 +50,9 @@ from benchmarks.contestants import (
 from minllama.architecture.accounting import count_parameters, peak_flops
 from minllama.architecture.config import LlamaConfig
 from minllama.architecture.model import MinimalLlama
-from minllama.fast_ops import linear_cross_entropy, use_fast_ops
+from minllama.fast_ops import use_fast_ops
 
-TINY = LlamaConfig(
-    vocab_size=512, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=128
-)
 RATE = 1e-8  # too small to change a weight: all contestants see the same ones
-OURS = {  # name: fused operators, compiled blocks; all but the first: the linear loss
-    "ours: eager": (False, False),
-    "ours: fast_ops": (True, False),
-    "ours: compiled": (False, True),
-    "ours: fast_ops + compiled": (True, True),
-}
 THEIRS = {  # name: Liger's kernels, compiled layers, Liger's linear loss
     "transformers: eager": (False, False, False),
     "transformers: Liger": (True, False, True),
@@ -83,14 +76,7 @@ def our_contestant(name: str, base: MinimalLlama) -> Contestant:
         for block in model.layers:
             block.compile()
 
-    def loss(tokens: Tensor) -> Tensor:
-        inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
-        if not (fast or compiled):
-            logits = model(inputs).flatten(0, 1).float()
-            return F.cross_entropy(logits, targets.flatten())
-        hidden = model.hidden_states(inputs)
-        return linear_cross_entropy(hidden, model.lm_head.weight, targets)
-
+    loss = our_loss(model, fused=fast or compiled)
     return Contestant(name, model.train(), loss, adamw(model, RATE))
 
 

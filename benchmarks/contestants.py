@@ -6,12 +6,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minllama.architecture.config import LlamaConfig
 from minllama.architecture.model import MinimalLlama
+from minllama.fast_ops import linear_cross_entropy
 
 GIB = 2**30
+TINY = LlamaConfig(
+    vocab_size=512, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=128
+)
+OURS = {  # name: fused operators, compiled blocks; all but the first: the linear loss
+    "ours: eager": (False, False),
+    "ours: fast_ops": (True, False),
+    "ours: compiled": (False, True),
+    "ours: fast_ops + compiled": (True, True),
+}
 
 
 @dataclass
@@ -61,6 +72,20 @@ def our_twin(base: MinimalLlama) -> MinimalLlama:
     model.load_state_dict(base.state_dict(), assign=True)
     model.tie_weights()
     return model
+
+
+def our_loss(model: MinimalLlama, fused: bool) -> Callable[[Tensor], Tensor]:
+    """The mean loss: logits and PyTorch's cross-entropy, or the linear loss."""
+
+    def loss(tokens: Tensor) -> Tensor:
+        inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
+        if not fused:
+            logits = model(inputs).flatten(0, 1).float()
+            return F.cross_entropy(logits, targets.flatten())
+        hidden = model.hidden_states(inputs)
+        return linear_cross_entropy(hidden, model.lm_head.weight, targets)
+
+    return loss
 
 
 def transformers_twin(base: MinimalLlama):
