@@ -32,6 +32,8 @@ from minllama.dist_checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from minllama.dist_run import checkpoint_activations
+from minllama.fast_ops import fast_loss, use_fast_ops
 from minllama.peft import merge, save_adapter, trainable_parameters
 from minllama.peft.dpo import (
     PairBatches,
@@ -61,7 +63,9 @@ from minllama.recipes.stopped import (
     write_json,
 )
 
-FREE = ("device", "save_every", "merge", "fresh", "out")  # of a run that goes on
+FREE = (  # options that may change when a stopped run goes on
+    "device", "save_every", "merge", "fresh", "out", "fast", "compile", "checkpointing",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ def run_finetuning(options: FinetuneOptions) -> Run:
         check_same(facts, out, FREE)
     torch.manual_seed(options.seed)  # adapters are drawn alike when a run goes on
     METHODS[options.method].add(model.to(device), options)
+    _prepare(options, model)
     task = _task(options, model, read)
     run = _new_run(options, model, task)
     _tell(options, run, task, device)
@@ -115,6 +120,17 @@ def run_finetuning(options: FinetuneOptions) -> Run:
     _save(options, model, tok, out)
     shutil.rmtree(states)  # the run is complete
     return run
+
+
+def _prepare(options: FinetuneOptions, model: MinimalLlama) -> None:
+    """How the model computes from here on, adapter and all."""
+    if options.fast:
+        use_fast_ops(model)
+    if options.checkpointing:
+        checkpoint_activations(model, options.checkpointing)
+    if options.compile:
+        for block in model.layers:
+            block.forward = torch.compile(block.forward)
 
 
 def _new_run(options: FinetuneOptions, model: MinimalLlama, task: Task) -> Run:
@@ -235,7 +251,8 @@ def _task(options: FinetuneOptions, model: MinimalLlama, read: list) -> Task:
                 return {}
             return {"held-out loss": held_out_loss(model, held, row, size)}
 
-        return Task(learn, held, row, next_token_loss, PackedBatches, score)
+        loss = fast_loss if options.fast else next_token_loss
+        return Task(learn, held, row, loss, PackedBatches, score)
     each = partial(dpo_loss, beta=options.beta, label_smoothing=options.label_smoothing)
     if options.preference_loss == "ipo":
         each = partial(ipo_loss, beta=options.beta)

@@ -10,6 +10,7 @@ from torch.optim import AdamW, Optimizer
 
 from minllama.architecture.model import MinimalLlama
 from minllama.architecture.optim import make_adamw
+from minllama.dist_run.activations import POLICIES
 from minllama.peft import (
     RankAllocator,
     add_adalora,
@@ -178,6 +179,9 @@ class FinetuneOptions:
         device: cpu, cuda, mps; the fastest if not given
         dtype: of the frozen weights: float32, or bfloat16 for large models
         bf16: compute matrix products in bfloat16
+        fast: Triton kernels and no logits (chapter fast_ops); needs a GPU to pay
+        compile: compile each block with torch.compile
+        checkpointing: full or selective: recompute activations, for memory
         merge: also write out/merged, a whole model with the adapter folded in
         save_every: steps between training states, from which a stopped run goes on
         fresh: begin anew though a stopped run is there
@@ -212,6 +216,9 @@ class FinetuneOptions:
     device: str | None = None
     dtype: str = "float32"
     bf16: bool = False
+    fast: bool = False
+    compile: bool = False
+    checkpointing: str | None = None
     merge: bool = False
     save_every: int = 50
     fresh: bool = False
@@ -226,12 +233,12 @@ class FinetuneOptions:
             ("method", tuple(METHODS)),
             ("preference_loss", PREFERENCE_LOSSES),
             ("dtype", tuple(DTYPES)),
+            ("checkpointing", (None, *POLICIES)),
         ):
-            if getattr(self, name) not in allowed:
-                value = getattr(self, name)
-                raise ValueError(
-                    f"{name}={value!r} must be one of {', '.join(allowed)}."
-                )
+            value = getattr(self, name)
+            if value not in allowed:
+                words = ", ".join(word for word in allowed if word)
+                raise ValueError(f"{name}={value!r} must be one of {words}.")
         whole = METHODS[self.method].whole
         if self.dpo and (whole or self.method == "prompt"):
             raise ValueError(

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from minllama import MinimalLlama, Tokenizer
+from minllama.architecture import kernels
 from minllama.architecture.data import encode_documents, read_documents
 from minllama.cli import main, make_parser
 from minllama.peft import GaLore, add_adalora, load_adapter, orthogonality_loss
@@ -161,6 +162,22 @@ def test_a_frozen_model_may_be_bfloat16_while_its_adapter_learns_in_float32(
     assert score["after"]["held-out loss"] < score["before"]["held-out loss"] - 0.1
 
 
+def test_kernels_checkpointing_and_compiled_blocks_learn_the_same(
+    capsys, data, monkeypatch
+):
+    monkeypatch.setattr(kernels, "_INTERPRET", False)  # references: quick on a CPU
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or f)
+    flags = ("--fast", "--compile", "--checkpointing", "full")
+    found = []
+    for more in ((), flags):
+        code, _, err = told(capsys, *words(data, "--fresh", "--lr", "3e-3", *more))
+        assert code == 0, err
+        found.append(scores(data)["after"]["held-out loss"])
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
+    assert len(compiled) == 4 and all(type(f).__name__ == "Recompute" for f in compiled)
+
+
 def test_answers_are_learned_from_records_and_the_format_is_told(capsys, data):
     code, out, _ = told(capsys, *words(data, "--lr", "3e-3", file="talks.jsonl"))
     assert code == 0 and "8 records, format plain" in out
@@ -279,6 +296,7 @@ def test_what_began_anew_never_goes_on_from_the_run_before(capsys, data):
     (("--method", "galore", "--merge"), "method='galore' leaves nothing to merge"),
     (("--method", "full", "--dtype", "bfloat16"), "dtype='bfloat16' with"),
     (("--method", "adalora", "--steps", "1"), "leave some of steps=1, one to look"),
+    (("--checkpointing", "half"), "checkpointing='half' must be one of full, sel"),
     (("--dtype", "int8"), "dtype='int8' must be one of float32, bfloat16"),
     (("--lr", "0"), "lr=0.0 must be a number above 0"),
     (("--loraplus-lr-ratio", "0"), "loraplus_lr_ratio=0.0 must be a number above 0"),
