@@ -83,28 +83,74 @@ def number_table() -> str:
                 f"| `{row['model']}`, {int(row['parameters']):,} parameters, on "
                 f"{row['text']} | {float(row['bits_per_byte']):.3f} bits per byte | | |"
             )
-    rows += distributed_rows()
+    rows += training_rows() + distributed_rows()
     head = "| what | ours | peer | machine |\n|---|---|---|---|\n"
     return head + "\n".join(rows)
+
+
+def line(what: str, ours: str, peer: str, machine: str) -> str:
+    return f"| {what} | {ours} | {peer} | {machine} |"
+
+
+def best(rows: list[dict], who: str, key: str = "tokens_per_s") -> tuple[str, dict]:
+    """The largest number among the rows of ours or of a peer; and its row."""
+    mine = [row for row in rows if row["who"].startswith(who)]
+    row = max(mine, key=lambda row: float(row[key]))
+    return f"{int(row[key]):,}", row
+
+
+def training_rows() -> list[str]:
+    """Steps on one GPU: all weights, and an adapter."""
+    rows = []
+    if steps := read("fast_step_cuda"):
+        (speed, ours), (theirs, peer) = best(steps, "ours"), best(steps, "transformers")
+        rows.append(
+            line(
+                f"training `llama-3.2-1b`, one GPU, {ours['rows']} x {ours['tokens']} "
+                "tokens, with kernels",
+                f"{speed} tokens/s in {float(ours['peak_GiB']):.1f} GiB",
+                f"transformers with Liger {theirs} in {float(peer['peak_GiB']):.1f}",
+                ours["machine"],
+            )
+        )
+    if steps := [row for row in read("peft_cuda") if row["case"] == "lora"]:
+        (speed, ours), (theirs, peer) = best(steps, "ours"), best(steps, "peft")
+        rows.append(
+            line(
+                f"LoRA beside `llama-3.1-8b`, one GPU, {ours['tokens']} tokens",
+                f"{speed} tokens/s in {float(ours['peak_GiB']):.1f} GiB",
+                f"PEFT, compiled, with Liger's loss {theirs} in "
+                f"{float(peer['peak_GiB']):.1f}",
+                ours["machine"],
+            )
+        )
+    return rows
 
 
 def distributed_rows() -> list[str]:
     """Training and saving on several GPUs."""
     rows = []
-    steps = [row for row in read("dist_run_cuda_4") if row["case"] == "step"]
-    speed = {row["who"]: f"{int(row['tokens_per_s_gpu']):,}" for row in steps}
-    for row in steps:
-        if not row["who"].startswith("minllama"):
-            continue
-        words = row["who"].removeprefix("minllama").strip(", ")
-        peer = (
-            "" if words else f"transformers under `fully_shard` {speed['transformers']}"
-        )
-        rows.append(
-            f"| training `{row['model']}`, {row['gpus']} GPUs, {row['rows']} x "
-            f"{row['tokens']} tokens each{words and '; ' + words} | "
-            f"{speed[row['who']]} tokens/s/GPU | {peer} | {row['machine']} |"
-        )
+    for name, case in (("dist_run_cuda_4", "step"), ("fast_dist_cuda_4", "fast")):
+        steps = [row for row in read(name) if row["case"] == case]
+        for policy in dict.fromkeys(row["checkpointing"] for row in steps):
+            same = [row for row in steps if row["checkpointing"] == policy]
+            peer = next(row for row in same if row["who"].startswith("transformers"))
+            ours = next(
+                row for row in same
+                if row["who"].startswith("minllama") and row["rows"] == peer["rows"]
+            )  # fmt: skip
+            kernels = ", with kernels" if case == "fast" else ""
+            what = f"training `{ours['model']}`, {ours['gpus']} GPUs, {ours['rows']} x "
+            rows.append(
+                line(
+                    f"{what}{ours['tokens']} tokens each{kernels}, checkpointing "
+                    f"{policy}",
+                    f"{int(ours['tokens_per_s_gpu']):,} tokens/s/GPU",
+                    f"{peer['who'].replace('+', 'with')} "
+                    f"{int(peer['tokens_per_s_gpu']):,}",
+                    ours["machine"],
+                )
+            )
     stall = {
         row["library"]: row
         for row in read("dist_checkpoint_cuda")
