@@ -115,8 +115,13 @@ def make_muon(model: nn.Module, lr: float, weight_decay: float = 0.1) -> Muon:
     """Muon over the matrices of the blocks; AdamW over embedding, head and vectors.
 
     Raises:
-        ValueError: nothing in the model has requires_grad.
+        ValueError: nothing in the model has requires_grad, or it is in plain slices.
     """
+    if hasattr(getattr(model, "gradient_exchange", None), "units"):
+        raise ValueError(
+            "the model was cut by shard_by_hand, and Muon looks at whole matrices; use "
+            "make_adamw, or replicate(model), which keeps them whole."
+        )
     matrices, vectors = _matrices_and_rest(model)
     outer = {id(p) for name in ("embed_tokens", "lm_head")
              for p in getattr(model, name).parameters()}  # fmt: skip

@@ -1,6 +1,6 @@
 """What a checkpoint holds, by name: tensors that may be in pieces, and plain numbers.
 
-model.<parameter>                    as in model.state_dict(); a tied head once
+model.<parameter>                    as in model.state_dict(); tied: the embedding
 optimizer.<parameter>.<state>        exp_avg, momentum, …
 rng.<rank>.cpu, rng.<rank>.cuda      the random numbers of each process
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"  # one tensor, if tied
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # compiled, checkpointed
 
 
@@ -52,8 +53,11 @@ def model_tensors(
                 "it as a buffer, or hand it over as extra."
             )
         if id(tensor) not in seen:
-            tensors[_clean(name)] = tensor
+            tensors[clean_name(name)] = tensor
         seen.add(id(tensor))
+    tied = getattr(getattr(unwrap(model), "config", None), "tie_embeddings", False)
+    if tied and HEAD in tensors and not has_both_ends(unwrap(model)):
+        tensors[EMBEDDING] = tensors.pop(HEAD)  # the last stage of a pipeline
     if parts == "trainable":
         chosen = {n: t for n, t in tensors.items() if t.requires_grad}
     elif parts is not None:
@@ -70,7 +74,14 @@ def model_tensors(
     return chosen
 
 
-def _clean(name: str) -> str:
+def has_both_ends(model: nn.Module) -> bool:
+    """Whether embedding and head are here; a stage of a pipeline may lack one."""
+    ends = (getattr(model, name.split(".")[0], None) for name in (EMBEDDING, HEAD))
+    return not any(isinstance(end, nn.Identity) for end in ends)
+
+
+def clean_name(name: str) -> str:
+    """Without what torch.compile and checkpointing put into it."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name

@@ -12,6 +12,8 @@ rows of wq and wk are reordered as those of Meta's own files (hub: weights_meta.
 """
 
 import io
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from pickle import Unpickler, UnpicklingError
 
@@ -20,6 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
 from minllama.architecture.weights_meta import LAYER, PARTS, TURNED
+from minllama.dist_checkpoint.contents import clean_name
 from minllama.dist_checkpoint.pieces import Box, Piece, Tensors
 
 INDEX = ".metadata"
@@ -37,9 +40,9 @@ ALLOWED = {
         filesystem._StorageInfo,
     )
 } | {("torch", "Size"): torch.Size}
-NO_WEIGHTS = ("optimizer", "optim", "lr_scheduler", "train_state", "dataloader", "rng")
+NO_WEIGHTS = ("optim", "lr_scheduler", "train_state", "dataloader", "rng")  # or longer
 COMPUTED = ("freqs_cis", "rope.freqs", "inv_freq")  # tables that some models keep
-PREFIXES = ("model.", "module.", "_orig_mod.")
+ROOT = re.compile(r"^((?:.+?\.)??)layers\.\d+\.")  # what the names of a model lie under
 
 
 class _IndexReader(Unpickler):
@@ -122,19 +125,46 @@ def _read_blob(piece: Piece, box: Box) -> Tensor:
 
 
 def our_names(tensors: Tensors) -> tuple[dict[str, str], set[str]]:
-    """Our name -> name in the folder, of the weights; and our names to be turned."""
-    names, turned = {}, set()
-    for theirs in tensors.stored:
-        if theirs.split(".")[0] in NO_WEIGHTS or theirs.endswith(COMPUTED):
-            continue
-        name = theirs
-        while name.startswith(PREFIXES):
-            name = name.partition(".")[2]
-        name = name.replace("_checkpoint_wrapped_module.", "")
+    """Our name -> name in the folder, of the weights; and our names to be turned.
+
+    The model may lie deeper: app.model.layers.0, beside app.optim.state.layers.0.
+
+    Raises:
+        ValueError: two models, or two tensors of one name.
+    """
+    names: dict[str, str] = {}
+    turned: set[str] = set()
+    weights = {
+        theirs: clean_name(theirs)
+        for theirs in tensors.stored
+        if not any(part.startswith(NO_WEIGHTS) for part in theirs.split("."))
+        and not theirs.endswith(COMPUTED)
+    }
+    root = _root(tensors.path, weights.values())
+    around = root.removesuffix("model.")  # where Hugging Face's classes have the head
+    for theirs, name in weights.items():
+        name = name.removeprefix(root if name.startswith(root) else around)
         layer = LAYER.match(name)
         prefix, part = layer.groups() if layer else ("", name)
         if part in PARTS and PARTS[part][0] != part:
             name = prefix + PARTS[part][0]
             turned |= {name} if part in TURNED else set()
+        if name in names:
+            raise ValueError(
+                f"{tensors.path}: {names[name]} and {theirs} are both {name}; save the "
+                "state of one model."
+            )
         names[name] = theirs
     return names, turned
+
+
+def _root(path: Path, names: Iterable[str]) -> str:
+    """What precedes `layers.0.` in the names of a folder; the same for all."""
+    roots = {match[1] for match in map(ROOT.match, names) if match}
+    if len(roots) > 1:
+        listed = ", ".join(sorted(root.rstrip(".") or "no prefix" for root in roots))
+        raise ValueError(
+            f"{path} holds layers under {listed}, and nobody says which is the model; "
+            'save one of them alone: dcp.save({"model": …}).'
+        )
+    return roots.pop() if roots else ""

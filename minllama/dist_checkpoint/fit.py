@@ -37,9 +37,15 @@ def check_config(path: Path, stored: LlamaConfig, model: nn.Module) -> None:
 
 
 def check_model(
-    path: Path, stored: dict[str, Stored], model: nn.Module, strict: bool
+    path: Path,
+    stored: dict[str, Stored],
+    model: nn.Module,
+    strict: bool,
+    held: set[str],
 ) -> tuple[list[str], list[str]]:
     """Compare names and shapes; what the checkpoint lacks, what the model lacks.
+
+    `held` are the names that any process has: a stage of a pipeline has some of them.
 
     Raises:
         ValueError: shapes differ, nothing is common, or (strict) a name lacks; or the
@@ -47,7 +53,7 @@ def check_model(
     """
     needed = model_tensors(model)
     left_alone = [name for name in needed if name not in stored]
-    unused = [name for name in stored if name not in needed]
+    unused = [name for name in stored if name not in held]
     lines = []
     for name in needed.keys() & stored.keys():
         found, wanted = stored[name].shape, tuple(needed[name].shape)

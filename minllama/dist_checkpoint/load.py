@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from minllama.architecture.model import MinimalLlama
 from minllama.architecture.train import Run
 from minllama.dist_checkpoint.contents import (
+    has_both_ends,
     model_tensors,
     reseed,
     restore_rng,
@@ -74,6 +75,9 @@ def load_checkpoint(
     Random numbers go on bit for bit on as many processes as saved. On another number
     rank 0 goes on with its own, the others are seeded from it and their rank.
 
+    Numbers are converted to the dtype of the model. In a pipeline each process reads
+    what its stages hold, and all of them together must hold the whole.
+
     Args:
         folder: of a run (its newest complete checkpoint is taken) or of one checkpoint.
         model: built with the same config, also on the meta device; or a `Run`, which
@@ -103,9 +107,13 @@ def load_checkpoint(
 
     def check() -> None:
         stored = tensors.under("model.")
-        loaded.left_alone, loaded.unused = check_model(path, stored, model, strict)
+        loaded.left_alone, loaded.unused = check_model(
+            path, stored, model, strict, held
+        )
         _check_parts(path, manifest, model, optimizer, batches)
 
+    names = ranks.gather(lambda: list(model_tensors(model)))
+    held = set().union(*names)
     ranks.together(check)
     if verify:
         parts = {"model"} | ({"optimizer"} if optimizer else set())
@@ -228,7 +236,8 @@ def allocate(
         device = f"cuda:{torch.cuda.current_device()}"
     bare._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
     if isinstance(bare, MinimalLlama):
-        bare.tie_weights()
+        if has_both_ends(bare):
+            bare.tie_weights()
         if lost:
             bare.init_weights()
     return model
@@ -238,7 +247,8 @@ def _fill_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, content: dict, tensors: Tensors
 ) -> None:
     stored = tensors.under("optimizer.")
-    room = restore_optimizer(model, optimizer, content, stored)
+    weights = tensors.under("model.")
+    room = restore_optimizer(model, optimizer, content, stored, weights)
     with torch.no_grad():
         fill(room, lambda name, box: tensors.read(f"optimizer.{name}", box))
 

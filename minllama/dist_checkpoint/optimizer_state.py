@@ -80,16 +80,44 @@ def _as_number(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value  # a rate on the GPU
 
 
+def merge_contents(parts: list[dict]) -> dict:
+    """What the ranks' optimizers hold, as one: stages of a pipeline know other names.
+
+    Of a name that several ranks have, the first rank's options count. Groups of equal
+    options become one.
+    """
+    seen: set[str] = set()
+    groups: list[dict] = []
+    for group in (group for part in parts for group in part["groups"]):
+        names = [name for name in group["names"] if name not in seen]
+        seen.update(names)
+        same = [g for g in groups if g["options"] == group["options"]]
+        if same:
+            same[0]["names"] += names
+        else:
+            groups.append({"names": names, "options": group["options"]})
+    numbers = {name: n for part in parts for name, n in part["numbers"].items()}
+    return {"class": parts[0]["class"], "groups": groups, "numbers": numbers}
+
+
 def restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, content: dict, stored: dict
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    content: dict,
+    stored: dict,
+    weights: dict,
 ) -> dict[str, Tensor]:
     """Put options and numbers back, and make room for the tensors.
+
+    A state that had the dtype of its parameter gets that of the parameter here, as the
+    optimizer would have made it; another one (float32 beside bfloat16) keeps its own.
 
     Args:
         model: that the optimizer belongs to.
         optimizer: whose groups may be ordered in another way than when it was saved.
         content: the JSON of `optimizer_contents`.
         stored: `<parameter>.<state>` -> shape and dtype of what will come.
+        weights: `<parameter>` -> shape and dtype that it was saved with.
 
     Returns:
         The tensors to fill, by those names.
@@ -122,6 +150,8 @@ def restore_optimizer(
             for full in states.get(name, ()):
                 key = full.rpartition(".")[2]
                 shape, dtype = stored[full][:2]
+                if key != "step" and dtype == weights[name].dtype:  # steps are counted
+                    dtype = p.dtype
                 state[key] = _room(p, group, shape, dtype, old.get(key))
                 room[full] = state[key]
             if state:

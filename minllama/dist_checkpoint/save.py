@@ -32,7 +32,10 @@ from minllama.dist_checkpoint.contents import (
     rng_tensors,
     unwrap,
 )
-from minllama.dist_checkpoint.optimizer_state import optimizer_contents
+from minllama.dist_checkpoint.optimizer_state import (
+    merge_contents,
+    optimizer_contents,
+)
 from minllama.dist_checkpoint.pieces import local_box, local_tensor
 from minllama.dist_checkpoint.ranks import Ranks
 from minllama.dist_checkpoint.write import Job, write_and_commit
@@ -123,6 +126,9 @@ def prepare(
         return state, *_contents(state, ranks, extra, parts, rng)
 
     state, tensors, numbers = ranks.together(look)
+    optimizers = ranks.gather(lambda: numbers.get("optimizer"))
+    if state.optimizer is not None:
+        numbers["optimizer"] = merge_contents([part for part in optimizers if part])
     bare = unwrap(state.model)
     config = getattr(bare, "config", None)
     return Job(

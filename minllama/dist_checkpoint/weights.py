@@ -27,7 +27,7 @@ from minllama.architecture.weights import (
 from minllama.architecture.weights_config import read_config
 from minllama.architecture.weights_files import StoredTensor, StoredWeights
 from minllama.architecture.weights_meta import to_halves
-from minllama.dist_checkpoint.contents import model_tensors, unwrap
+from minllama.dist_checkpoint.contents import has_both_ends, model_tensors, unwrap
 from minllama.dist_checkpoint.dcp_folder import INDEX, open_dcp, our_names
 from minllama.dist_checkpoint.fit import check_config
 from minllama.dist_checkpoint.folders import MANIFEST, step_folders
@@ -61,7 +61,8 @@ def load_weights(
 
     Raises:
         ValueError: no such folder, a broken file, keys that do not fit (all of them
-            are listed), or a config that computes something else.
+            are listed), a config that computes something else, or a stage of a
+            pipeline.
     """
     ranks, new = Ranks(), tuple(new)
     bare = unwrap(model)
@@ -88,6 +89,12 @@ def load_weights(
 def _open_checked(
     folder: str | Path, model: MinimalLlama, new: tuple[str, ...]
 ) -> StoredWeights:
+    if not has_both_ends(model):
+        raise ValueError(
+            f"the model is a stage of a pipeline, and {folder} is a whole one; load it "
+            f"before pipeline(model), or call split({str(folder)!r}, out, world) once, "
+            "and load_checkpoint(out, model)."
+        )
     stored = open_any(folder, model.config)
     problems = key_problems(model, stored, new)
     if problems:

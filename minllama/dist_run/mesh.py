@@ -33,32 +33,51 @@ def init_mesh(
 
     Args:
         replicate: groups that hold the same slices (HSDP); 1: plain FSDP.
-        shard: processes that share one copy of the model; -1: all that are left.
+        shard: processes that share one copy of the model; -1: all that are left (so in
+            one of the axes).
         tensor: processes that share each matrix product.
         device: cuda (over NCCL) or cpu (over gloo). None: cuda where there is one.
         timeout: seconds after which a collective that hangs fails.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of processes.
+        ValueError: the sizes do not multiply to the number of processes, or are none.
     """
+    sizes = {"replicate": replicate, "shard": shard, "tensor": tensor}
+    _check_sizes(sizes, timeout)
     if device is None:
         over_gloo = dist.is_initialized() and dist.get_backend() == "gloo"
         device = "cuda" if torch.cuda.is_available() and not over_gloo else "cpu"
     if not dist.is_initialized():
         _init_group(device, timeout)
     world = dist.get_world_size()
-    sizes = {"replicate": replicate, "shard": shard, "tensor": tensor}
-    known = math.prod(size for size in sizes.values() if size != -1)
-    open_axes = [axis for axis, size in sizes.items() if size == -1]
-    for axis in open_axes[:1]:
-        sizes[axis] = world // max(known, 1)
-    if min(sizes.values()) < 1 or math.prod(sizes.values()) != world:
-        asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    left = world // math.prod(size for size in sizes.values() if size != -1)
+    shape = tuple(left if size == -1 else size for size in sizes.values())
+    if math.prod(shape) != world:
         raise ValueError(
-            f"{asked} do not multiply to the {world} processes of this run; change "
-            "them, or torchrun's --nproc-per-node and --nnodes."
+            f"{_named(sizes)} do not multiply to the {world} processes of this run; "
+            "change them, or torchrun's --nproc-per-node and --nnodes."
         )
-    return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=AXES)
+    return init_device_mesh(device, shape, mesh_dim_names=AXES)
+
+
+def _named(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
+def _check_sizes(sizes: dict[str, int], timeout: float) -> None:
+    wrong = {axis: size for axis, size in sizes.items() if size < 1 and size != -1}
+    if wrong:
+        raise ValueError(
+            f"{_named(wrong)} must be at least 1, or -1: all processes that are left."
+        )
+    rest = {axis: size for axis, size in sizes.items() if size == -1}
+    if len(rest) > 1:
+        raise ValueError(
+            f"{_named(rest)}: only one axis can take all that are left; give the "
+            "other a number, as shard=1."
+        )
+    if timeout <= 0:
+        raise ValueError(f"timeout={timeout} seconds must be greater than 0.")
 
 
 def _init_group(device: str, timeout: float) -> None:

@@ -92,7 +92,8 @@ def bubble(processes: int, microbatches: int, stages: int = 1) -> float:
 class Pipeline:
     """A model whose layers lie over processes; made by `pipeline`.
 
-    `model` holds what this process keeps: give its parameters to an optimizer.
+    `model` holds what this process keeps: give its parameters to an optimizer, and it
+    to `save_checkpoint` and `load_checkpoint`; on the meta device, `allocate` it first.
     """
 
     def __init__(
@@ -116,6 +117,10 @@ class Pipeline:
         tied = world > 1 and weights[0] is not None and weights[0] is weights[1]
         self.ends = dist.new_group(ends) if tied else None
         device = next(model.parameters()).device
+        if device.type == "meta":  # the stages run where the weights will be
+            over_nccl = dist.get_backend(group) == "nccl"
+            here = torch.cuda.current_device() if over_nccl else None
+            device = torch.device("cpu" if here is None else f"cuda:{here}")
         self.stages = [
             pipelining.PipelineStage(
                 Stage(model, index, of), index, of, device, group=group

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import (
     DTensor,
     Replicate,
@@ -30,6 +31,7 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.parallel import ParallelStyle, PrepareModuleInput
 from torch.distributed.tensor.placement_types import Placement
 
+from minllama.architecture.config import LlamaConfig
 from minllama.architecture.data import Batch
 from minllama.architecture.layout import packed
 from minllama.architecture.model import MinimalLlama
@@ -201,10 +203,13 @@ def tensor_parallel(
             heads (a norm of each head).
 
     Raises:
-        ValueError: heads, channels or words do not divide by n; or a module has
-            weights and no place in the plan.
+        ValueError: heads, channels or words do not divide by n; a module has weights
+            and no place in the plan; the model is cut already; or the mesh has no such
+            axis.
     """
-    mesh = mesh["tensor"] if mesh.ndim > 1 else mesh
+    mesh = _tensor_axis(mesh)
+    if mesh.size() > 1:
+        _check_uncut(model)
     plan = {**PLAN, **(plan or {})}
     _check(model, mesh.size(), plan, sequence)
     if mesh.size() == 1:
@@ -223,6 +228,30 @@ def tensor_parallel(
         model.tie_weights()
     head._apply(model.lm_head, mesh)
     return model
+
+
+def _tensor_axis(mesh: DeviceMesh) -> DeviceMesh:
+    if mesh.ndim > 1 and "tensor" not in (mesh.mesh_dim_names or ()):
+        raise ValueError(
+            f"mesh of shape {tuple(mesh.shape)} with the axes {mesh.mesh_dim_names}, "
+            "and none is called tensor; make it with init_mesh(tensor=…)."
+        )
+    return mesh["tensor"] if mesh.ndim > 1 else mesh
+
+
+def _check_uncut(model: nn.Module) -> None:
+    if getattr(model, "gradient_exchange", None) is not None:
+        raise ValueError(
+            f"{type(model).__name__} exchanges gradients by hand, of whole matrices; "
+            "use tensor_parallel, then shard."
+        )
+    for name, p in model.named_parameters():
+        if isinstance(p, DTensor):
+            by = "shard" if isinstance(model, FSDPModule) else "tensor_parallel"
+            raise ValueError(
+                f"{name} is a DTensor, {tuple(p.placements)}, by {by}; tensor_parallel "
+                "is called once, and before shard."
+            )
 
 
 def _refuse_at(model: nn.Module, inputs: tuple, named: dict) -> None:
@@ -260,14 +289,26 @@ def _enter(module: nn.Module, mesh: DeviceMesh, stream: Placement, inputs: int) 
     )._apply(module, mesh)  # fmt: skip
 
 
+def undivided(config: LlamaConfig, n: int) -> str:
+    """A size that n ranks cannot share, as name=value; nothing if they share all.
+
+    Example:
+        >>> undivided(LlamaConfig.from_name("llama-3.2-1b"), 16)
+        'n_kv_heads=8'
+    """
+    sizes = {
+        name: getattr(config, name) for name in ("n_heads", "n_kv_heads", "ffn_dim")
+    }
+    return next((f"{name}={size}" for name, size in sizes.items() if size % n), "")
+
+
 def _check(model: MinimalLlama, n: int, plan: dict[str, str], sequence: bool) -> None:
-    for name in ("n_heads", "n_kv_heads", "ffn_dim"):
-        if getattr(model.config, name) % n:
-            raise ValueError(
-                f"{name}={getattr(model.config, name)} does not divide by the {n} "
-                "ranks of the axis tensor; take a smaller axis, and shard=… for the "
-                "rest."
-            )
+    whole = undivided(model.config, n)
+    if whole:
+        raise ValueError(
+            f"{whole} does not divide by the {n} ranks of the axis tensor; take a "
+            "smaller axis, and shard=… for the rest."
+        )
     wrong = {name: style for name, style in plan.items() if style not in STYLES}
     if wrong:
         raise ValueError(f"plan={wrong}: a style is one of {', '.join(STYLES)}.")

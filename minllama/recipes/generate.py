@@ -6,9 +6,12 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from minllama.architecture.config import LlamaConfig
 from minllama.architecture.generate import stream
 from minllama.architecture.tokenizer import Tokenizer
+from minllama.architecture.weights import open_weights
 from minllama.dist_run.mesh import is_first
+from minllama.dist_run.tensor import undivided
 from minllama.recipes.devices import check_device  # noqa: F401
 from minllama.recipes.workers import build_model, start_workers, world_size
 
@@ -58,8 +61,10 @@ def generate_text(
             standard error.
 
     Raises:
-        ValueError: as `stream`.
+        ValueError: as `stream`; or the processes do not divide the heads.
     """
+    if world_size() > 1 and not sharded:
+        _check_shared(open_weights(model).config, world_size())
     workers = start_workers(device, **({} if sharded else {"tensor": world_size()}))
     to = (out or sys.stdout) if is_first() else io.StringIO()
     llama = build_model(workers, model, sequence=False, sharded=sharded).eval()
@@ -87,6 +92,17 @@ def generate_text(
     del llama, text
     workers.end()
     return "".join(pieces)
+
+
+def _check_shared(config: LlamaConfig, n: int) -> None:
+    whole = undivided(config, n)
+    if whole:
+        fewer = [str(k) for k in range(1, n) if not undivided(config, k)]
+        raise ValueError(
+            f"{whole} does not divide by the {n} processes that torchrun started; take "
+            f"--nproc-per-node {' or '.join(fewer)}, or --sharded, which does not cut "
+            "heads."
+        )
 
 
 if __name__ == "__main__":  # torchrun … -m minllama.recipes.generate

@@ -1,6 +1,7 @@
 """Save and load within one process: what is kept, what is refused."""
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -126,6 +127,43 @@ def test_groups_that_were_not_saved_are_refused(tmp_path):
         load_checkpoint(tmp_path, model, make_adamw(model, 1e-2))
     with pytest.raises(ValueError, match="no place in the batches"):
         load_checkpoint(tmp_path, model, batches=PackedBatches(documents(), 2, 16))
+
+
+@pytest.mark.parametrize("make", [make_adamw, make_muon, lambda m, lr:
+                                  torch.optim.Adafactor(m.parameters(), lr)],
+                         ids=["adamw", "muon", "adafactor"])  # fmt: skip
+@pytest.mark.parametrize("saved, wanted", [("float32", "bfloat16"),
+                         ("bfloat16", "float32"), ("float32", "float64")])  # fmt: skip
+def test_a_model_of_another_dtype_goes_on_with_states_of_its_own(
+    tmp_path, make, saved, wanted
+):
+    model = make_model("llama").to(getattr(torch, saved))
+    optimizer = make(model, 1e-2)
+    train_step(model, optimizer, make_rows(0))
+    save_checkpoint(tmp_path, model, optimizer, step=1)
+    other = make_model("llama").to(getattr(torch, wanted))
+    first = make(other, 1e-2)
+    train_step(other, first, make_rows(0))
+    loaded = make(other, 1e-2)
+    load_checkpoint(tmp_path, other, loaded)
+    born = {n: t.dtype for n, t in optimizer_tensors(other, first).items()}
+    states = optimizer_tensors(other, loaded)
+    assert {n: t.dtype for n, t in states.items()} == born
+    for name, state in optimizer_tensors(model, optimizer).items():
+        assert torch.equal(states[name], state.to(born[name]))
+    assert math.isfinite(train_step(other, loaded, make_rows(1)))
+
+
+def test_states_of_a_dtype_of_their_own_keep_it(tmp_path):
+    model = make_model("llama")
+    optimizer = torch.optim.SGD([model.norm.weight], lr=1e-2)
+    mean = torch.randn(32, dtype=torch.float64)
+    optimizer.state[model.norm.weight] = {"mean": mean}
+    save_checkpoint(tmp_path, model, optimizer, step=1)
+    other = make_model("llama").bfloat16()
+    loaded = torch.optim.SGD([other.norm.weight], lr=1e-2)
+    load_checkpoint(tmp_path, other, loaded)
+    assert equal({"mean": mean}, loaded.state[other.norm.weight])
 
 
 def test_frozen_parameters_have_no_state_and_need_none(tmp_path):

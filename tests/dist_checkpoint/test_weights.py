@@ -275,6 +275,35 @@ def save_alone(state: dict, folder: Path) -> None:
         dcp.save(state, checkpoint_id=folder, no_dist=True)
 
 
+def test_nested_weights_are_read_and_of_two_kinds_neither(tmp_path):
+    model = make_model("llama")
+    state, own = model.state_dict(), ("lm_head",)
+    means = {n: {"exp_avg": torch.zeros_like(t)} for n, t in state.items()}
+    optim = {"state": means, "param_groups": [{"lr": torch.ones(())}]}
+    titan = {**titan_state(model), "freqs_cis": torch.ones(4)}
+    hugging = {n if n.startswith(own) else f"model.{n}": t for n, t in state.items()}
+    nested = {
+        "app": {"app": {"model": state, "optim": optim}},
+        "titan": {"app": {"model": titan, "optim": optim, "step": 3}},
+        "hf": {"state_dict": {"module": hugging}, "optimizer_state_dict": optim},
+        "own word": {"net": {"_orig_mod": state}, "rng_state": torch.ones(2)},
+    }
+    for name, content in nested.items():
+        save_alone(content, tmp_path / name)
+        assert equal(state, load_weights(meta_model(), tmp_path / name).state_dict())
+    save_alone({"app": {"model": state, "ema": state}}, tmp_path / "two")
+    with pytest.raises(
+        ValueError, match=r"two holds layers under app\.ema, app\.model"
+    ):
+        load_weights(meta_model(), tmp_path / "two")
+    clash = {"model": {"model": state, "lm_head.weight": state["lm_head.weight"]}}
+    save_alone(clash, tmp_path / "clash")
+    with pytest.raises(
+        ValueError, match=r"model\.(model\.)?lm_head\.weight and model\.\S*lm_head"
+    ):
+        load_weights(meta_model(), tmp_path / "clash")
+
+
 class Bomb:
     def __init__(self, call, *args):
         self.call, self.args = call, args

@@ -1,6 +1,7 @@
 """Mesh, launch, shards, cuts and checkpointed activations, one by one."""
 
 import copy
+import tempfile
 import time
 
 import pytest
@@ -15,7 +16,9 @@ from minllama.architecture.config import LlamaConfig
 from minllama.architecture.data import IGNORE
 from minllama.architecture.generate import generate
 from minllama.architecture.model import MinimalLlama
+from minllama.architecture.optim import make_muon
 from minllama.architecture.train import next_token_loss
+from minllama.architecture.weights import save_pretrained
 from minllama.dist_checkpoint import save_checkpoint
 from minllama.dist_run import (
     checkpoint_activations,
@@ -31,6 +34,7 @@ from minllama.dist_run import (
     vocabulary_cross_entropy,
 )
 from minllama.dist_run.accounting import Sharding, sharded_moments, sharded_peak
+from minllama.recipes.generate import generate_text
 from tests.conftest import make_model, random_tokens, tiny_config
 from tests.dist_run import rungs
 
@@ -84,6 +88,11 @@ def two() -> dict:
     said = {"refused": [], "ranks": list(data_ranks(mesh))}
     say = said["refused"].append
     say(refused(init_mesh, shard=3))
+    say(refused(init_mesh, tensor=3))
+    say(refused(init_mesh, replicate=0))
+    say(refused(init_mesh, shard=-2))
+    say(refused(init_mesh, replicate=-1))
+    say(refused(init_mesh, timeout=0))
     say(refused(tensor_parallel, make_model("gated"), mesh))
     say(refused(tensor_parallel, make_model("llama", n_kv_heads=1), mesh))
     bad = {"mlp.up_proj": "diagonal"}
@@ -100,12 +109,26 @@ def two() -> dict:
     whole = init_mesh()
     once = shard(make_model("llama"), whole)
     say(refused(shard, once, whole))
+    say(refused(tensor_parallel, once, mesh))
+    say(refused(tensor_parallel, cut, mesh))
+    say(refused(tensor_parallel, by_hand, mesh))
+    unnamed = init_device_mesh("cpu", (1, 2))
+    say(refused(tensor_parallel, make_model("llama"), unnamed))
+    say(refused(make_muon, by_hand, 1e-2))
+    say(_heads_refused())
     say(refused(shard, make_model("llama"), whole, prefetch=-1))
     said["generated"] = _generates(mesh)
     said["drawn"] = [_drawn(tied, axes) for tied in (False, True) for axes in (1, 2)]
     said["loss"] = _parallel_loss()
     said["bytes"] = _bytes(whole)
     return said
+
+
+def _heads_refused() -> str:
+    """What `minllama generate` says where torchrun started too many processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(make_model("llama", n_kv_heads=1), folder)
+        return refused(generate_text, "Once", folder, device="cpu")
 
 
 def _generates(mesh) -> list[bool]:
@@ -197,6 +220,11 @@ def pair():
 def test_what_does_not_fit_is_refused_by_name(pair):
     words = [
         "replicate=1, shard=3, tensor=1 do not multiply to the 2 processes",
+        "replicate=1, shard=-1, tensor=3 do not multiply to the 2 processes",
+        "replicate=0 must be at least 1",
+        "shard=-2 must be at least 1, or -1",
+        "replicate=-1, shard=-1",
+        "timeout=0",
         "self_attn.gate_proj.weight",
         "n_kv_heads=1 does not divide by the 2 ranks",
         "plan={'mlp.up_proj': 'diagonal'}",
@@ -206,6 +234,13 @@ def test_what_does_not_fit_is_refused_by_name(pair):
         "the mesh has the axes None",
         "cut by shard_by_hand",
         "sharded already",
+        "embed_tokens.weight is a DTensor, (Shard(dim=0),), by shard",
+        "embed_tokens.weight is a DTensor, (Shard(dim=0),), by tensor_parallel",
+        "exchanges gradients by hand",
+        "mesh of shape (1, 2) with the axes None, and none is called tensor",
+        "the model was cut by shard_by_hand",
+        "n_kv_heads=1 does not divide by the 2 processes that torchrun started; take "
+        "--nproc-per-node 1, or --sharded",
         "prefetch=-1",
     ]
     for said, word in zip(pair[0]["refused"], words, strict=True):

@@ -1,11 +1,21 @@
 """Pipeline parallel: loss and gradients of one process, whatever the schedule."""
 
+import itertools
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from minllama.architecture.data import PackedBatches
+from minllama.architecture.optim import make_adamw
 from minllama.architecture.train import next_token_loss
+from minllama.dist_checkpoint import (
+    allocate,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
 from minllama.dist_run.launch import launch
 from minllama.dist_run.pipeline import HandOn, bubble, pipeline
 from tests.conftest import make_model
@@ -20,8 +30,8 @@ CASES = {  # kind, schedule, layers
 ROWS = 8
 
 
-def build(kind: str, layers: int, dtype: str = "float64"):
-    torch.manual_seed(0)
+def build(kind: str, layers: int, dtype: str = "float64", seed: int = 0):
+    torch.manual_seed(seed)
     name, _, tied = kind.partition("-")
     model = make_model(name, vocab_size=61, n_layers=layers, tie_embeddings=bool(tied))
     return model.to(getattr(torch, dtype))
@@ -82,6 +92,7 @@ def refusals() -> list[str]:
         lambda: pipeline(model, schedule="interleaved", microbatches=3),
         lambda: pipeline(model, microbatches=1),
         lambda: pipeline(model, microbatches=3).step(next(batches())),
+        lambda: load_weights(pipeline(build("llama", 4)).model, "stories"),
     ):
         with pytest.raises(ValueError) as error:
             wrong()
@@ -89,17 +100,75 @@ def refusals() -> list[str]:
     return said
 
 
-def work(names: list[str], steps: int) -> dict:
+def in_stages(kind: str, schedule: str, layers: int, meta: bool) -> tuple:
+    """A model over all processes, its optimizer, and what runs a batch."""
+    model = build(kind, layers)
+    if meta:
+        with torch.device("meta"):
+            model = type(model)(model.config).double()
+    piped = pipeline(model, None, schedule, microbatches=4)
+    return allocate(piped.model), make_adamw(piped.model, 3e-3), piped.step
+
+
+def in_one(kind: str, layers: int) -> tuple:
+    """As `in_stages`, all of it here, with other weights."""
+    model = build(kind, layers, seed=1)
+
+    def step(batch):
+        loss = next_token_loss(model, batch) / batch.counted()
+        loss.backward()
+        return loss
+
+    return model, make_adamw(model, 3e-3), step
+
+
+def go_on(optimizer, step, first: int, last: int) -> list[float]:
+    losses = []
+    for batch in itertools.islice(batches(), first, last):
+        losses.append(step(batch).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def through_a_checkpoint(folder: str, kind: str, schedule: str, layers: int) -> dict:
+    """Steps 2 and 3: gone on; and after loading what stages and one process saved."""
+    makers = {
+        "stages": partial(in_stages, kind, schedule, layers, meta=True),
+        "one": partial(in_one, kind, layers),
+    }
+    model, adamw, step = in_stages(kind, schedule, layers, meta=False)
+    go_on(adamw, step, 0, 2)
+    save_checkpoint(folder, model, adamw, step=2)
+    found = {"gone on": go_on(adamw, step, 2, 4)}
+    for name, make in makers.items():
+        model, adamw, step = make()
+        load_checkpoint(folder, model, adamw)
+        found[name] = go_on(adamw, step, 2, 3)
+        save_checkpoint(f"{folder}/{name}", model, adamw, step=3)
+    for name, other in (("stages", "one"), ("one", "stages")):
+        model, adamw, step = makers[name]()
+        load_checkpoint(f"{folder}/{other}", model, adamw)
+        found[name] += go_on(adamw, step, 3, 4)
+    return found
+
+
+def work(names: list[str], steps: int, folder: str | None = None) -> dict:
     found = {name: fit(*CASES[name], "float64", steps) for name in names}
     if dist.get_world_size() == 2:
         found["float32"] = fit(*CASES["1f1b, tied"], "float32", steps)
         found["refused"] = refusals()
+    if folder is not None:
+        found["checkpoint"] = {
+            name: through_a_checkpoint(f"{folder}/{name}", *CASES[name])
+            for name in ("1f1b, tied", "interleaved")
+        }
     return found
 
 
 @pytest.fixture(scope="module")
-def pair() -> list[dict]:
-    return launch(work, 2, list(CASES), 20)
+def pair(tmp_path_factory) -> list[dict]:
+    return launch(work, 2, list(CASES), 20, str(tmp_path_factory.mktemp("pair")))
 
 
 def quartet() -> list[dict]:
@@ -132,6 +201,13 @@ def test_four_processes_too():
             assert found["gradients"] <= 1e-11
 
 
+def test_stages_save_for_one_process_and_load_from_it(pair):
+    for rank in pair:
+        for losses in rank["checkpoint"].values():
+            assert gap(losses["gone on"], losses["stages"]) <= 1e-12
+            assert gap(losses["gone on"], losses["one"]) <= 1e-10
+
+
 def test_each_layer_lies_in_one_process_under_its_own_name(pair):
     for ranks in (pair, quartet()):
         kind, _, layers = CASES["interleaved"]
@@ -144,7 +220,8 @@ def test_each_layer_lies_in_one_process_under_its_own_name(pair):
 
 def test_what_no_schedule_can_run_is_refused(pair):
     words = ["schedule='dual'", "stages=2", "2 layers do not fill 4 stages",
-             "microbatches=3 are", "microbatches=1 are", "8 rows"]  # fmt: skip
+             "microbatches=3 are", "microbatches=1 are", "8 rows",
+             "split('stories', out, world) once"]  # fmt: skip
     for said, word in zip(pair[0]["refused"], words, strict=True):
         assert word in said
 
