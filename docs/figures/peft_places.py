@@ -3,7 +3,7 @@
 import style
 from style import ACCENT, B, D, H, T
 
-d = style.Drawing("peft_places", "A block, and what each method trains in it", 720, 318)
+d = style.Drawing("peft_places", "A block, and what each method trains in it", 720, 326)
 
 PARTS = [
     (10, 74, "embed", ("prompt", "P-tuning", "tokens", "(LoRA)")),
@@ -29,12 +29,14 @@ for (x, w, name, words), after in zip(PARTS, [*PARTS[1:], None]):
     for at, word in enumerate(words):
         color = COLORS.get(word, T if word in INSIDE else ACCENT)
         d.text(x + w / 2, 164 + 20 * at, word, size=14, color=color)
-d.box(92, 284, 14, 14, color=D, fill=0.5)
-d.text(112, 291, "a change of a weight", size=13, anchor="start")
-d.box(262, 284, 14, 14, color=H, fill=0.5)
-d.text(282, 291, "factors, sums", size=13, anchor="start")
-d.box(392, 284, 14, 14, color=T, fill=0.5)
-d.text(412, 291, "something to read", size=13, anchor="start")
-d.box(546, 284, 14, 14, color=ACCENT, fill=0.5)
-d.text(566, 291, "a small network", size=13, anchor="start")
+LEGEND = [
+    ("merges:", 60, [(D, "a change of a weight"), (H, "factors, sums")]),
+    ("cannot merge:", 380, [(T, "something to read"), (ACCENT, "a small network")]),
+]
+for head, x, entries in LEGEND:
+    d.text(x + 94, 288, head, size=14, anchor="end", style="font-weight:600")
+    for at, (color, words) in enumerate(entries):
+        y = 281 + 24 * at
+        d.box(x + 104, y, 14, 14, color=color, fill=0.5)
+        d.text(x + 124, y + 7, words, size=14, anchor="start")
 d.save()

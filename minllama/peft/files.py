@@ -31,7 +31,7 @@ from minllama.peft.file_tensors import (
 )
 from minllama.peft.prefix import PrefixCore
 from minllama.peft.prompt import PromptEmbedding
-from minllama.peft.rows import MIXED
+from minllama.peft.rows import check_not_mixed
 from minllama.peft.targets import outer_modules
 from minllama.peft.tokens import TokenRows
 from minllama.peft.vera import VeRALinear
@@ -57,13 +57,11 @@ def save_adapter(
         base_model: name or path of the model, noted in the config.
 
     Raises:
-        ValueError: no adapter, several and no name, or one that no file can hold.
+        ValueError: no adapter, several and no name, or one that no file can hold, as a
+            mix.
     """
     there = specs(model)
-    if MIXED in there:
-        raise ValueError(
-            "the adapters were mixed into one; save each before mix_adapters."
-        )
+    check_not_mixed(there.values())
     if name is None and len(there) != 1:
         raise ValueError(
             f"the model has {len(there)} adapters ({', '.join(there) or 'none'}); "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from minllama.peft.adapter import Adapter, specs
 from minllama.peft.base import float_weight, innermost, is_tied
+from minllama.peft.rows import check_not_mixed
 from minllama.peft.saved import TrainedCopy
 from minllama.peft.targets import outer_modules
 
@@ -44,7 +45,7 @@ def merge(
 
     Raises:
         ValueError: nothing to merge, several adapters and no names, one that is off, or
-            one that no plain weight can hold. Nothing was changed then.
+            one that no plain weight can hold, as a mix. Nothing was changed then.
     """
     if getattr(model, KEPT, None) is not None:
         raise ValueError("an earlier merge is still kept; unmerge it first.")
@@ -105,6 +106,7 @@ def _check_names(model: nn.Module, names: str | Collection[str] | None) -> None:
     there = specs(model)
     if not there:
         raise ValueError("the model has no adapter to merge.")
+    check_not_mixed(there.values())
     given = {names} if isinstance(names, str) else set(names or there)
     if unknown := given - set(there):
         raise ValueError(f"adapter {min(unknown)!r} is none of {', '.join(there)}.")

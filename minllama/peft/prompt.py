@@ -5,8 +5,10 @@ The p rows are the embeddings of p new ids, V … V + p - 1, that stand before a
     logits = model(prepend_prompt(model, tokens))[:, p:]
     text = generate(model, prepend_prompt(model, tokens))[:, p:]
 
-So caches, generation and packing need to know nothing of it, and without the ids the
-model is as it was. P-tuning makes the rows with a small network while training.
+So caches, generation and packing need to know nothing of it. The model does not put the
+ids there by itself: without them it is as it was, and training moves nothing. To train,
+put them before each document (`with_prompt` of sft.py). P-tuning makes the rows with a
+small network while training.
 
 Papers: prompt tuning Lester et al. 2021, arXiv:2104.08691 · P-tuning Liu et al. 2021,
 2103.10385.
@@ -90,7 +92,8 @@ def add_prompt(
     """Freeze the model, then give it `size` learned embeddings to stand before a text.
 
     Args:
-        model: changed in place and returned; use it with `prepend_prompt`.
+        model: changed in place and returned. A call without `prepend_prompt` (to train:
+            `with_prompt`) does not read the prompt, and gives it a gradient of zero.
         size: p, tokens of the prompt.
         words: ids whose embeddings the prompt starts at, again and again if they are
             fewer; (): random.

@@ -12,7 +12,7 @@ Serving many adapters over one base: Punica, Chen et al. 2023, arXiv:2310.18547;
 Sheng et al. 2023, 2311.03285.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -124,7 +124,8 @@ class RowLoRALinear(Adapter):
 def mix_adapters(model: nn.Module, names: Sequence[str] | None = None) -> nn.Module:
     """Stack LoRA adapters of a model, so that each row of a batch may take its own.
 
-    The adapters themselves are gone from the model then: save them before.
+    For serving: what is stacked is frozen and can neither be saved nor merged, and the
+    adapters themselves are gone from the model. Save them before.
 
     Args:
         model: with LoRA adapters, changed in place and returned.
@@ -156,6 +157,20 @@ def mix_adapters(model: nn.Module, names: Sequence[str] | None = None) -> nn.Mod
     wrap(model, list(own), lambda at, base: RowLoRALinear(base, spec, own[at]))
     _share(model, list(own))
     return model
+
+
+def check_not_mixed(there: Iterable[Spec]) -> None:
+    """Refuse what a mix cannot do: its adapters are stacked, frozen, and one.
+
+    Raises:
+        ValueError: one of them is a mix.
+    """
+    for spec in there:
+        if spec.method == MIXED:
+            raise ValueError(
+                f"adapters {', '.join(spec.settings['names'])} are mixed, that is, "
+                "stacked for serving; save or merge them before mix_adapters."
+            )
 
 
 def _chain(top: nn.Module, names: list[str]) -> dict[str, LoRALinear]:

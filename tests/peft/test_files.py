@@ -15,6 +15,7 @@ from minllama.peft import (
     add_lora,
     add_vera,
     load_adapter,
+    merge,
     mix_adapters,
     save_adapter,
     set_adapter,
@@ -223,13 +224,24 @@ def test_files_that_are_not_there_or_not_whole_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="is no whole file"):
         load_adapter(model, tmp_path)
-    mixed = mix_adapters(add_lora(make_model("llama")))
-    with pytest.raises(ValueError, match="save each before mix_adapters"):
-        save_adapter(mixed, tmp_path)
     with torch.device("meta"):
         empty = add_lora(MinimalLlama(tiny_config()))
     with pytest.raises(ValueError, match="is a meta tensor"):
         save_adapter(empty, tmp_path)
+
+
+def test_a_mix_is_neither_saved_nor_merged(tmp_path):
+    model = add_lora(add_lora(make_model("llama"), name="anna"), name="bob")
+    mix_adapters(model)
+    tokens = random_tokens(1, 5)
+    before = model(tokens)
+    for refused in (lambda: save_adapter(model, tmp_path), lambda: merge(model)):
+        with pytest.raises(ValueError, match="anna, bob are mixed.*save or merge them"):
+            refused()
+    assert torch.equal(model(tokens), before) and not list(tmp_path.iterdir())
+    named = add_lora(make_model("llama"), name="mixed")  # a word like any other
+    save_adapter(named, tmp_path)
+    merge(named)
 
 
 def test_vera_without_its_matrices_is_refused(tmp_path):
