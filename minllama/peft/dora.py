@@ -69,29 +69,37 @@ class DoRALinear(LoRALinear):
     @torch.no_grad()
     def lengths(self, length: Tensor) -> Tensor:
         """|W + s B A| from |W|, row by row. (out,) -> (out,), in m's dtype."""
-        wide = length.dtype
+        wide, asked = length.dtype, self.as_input(self.a)
         a, b = self.a.to(wide), self.b.to(wide)
         if self.base_bias() is None:
-            aw = self.base(self.a)  # (r, out)
+            aw = self.base(asked)  # (r, out)
         else:
-            aw = without_bias(self.base, self.a)
+            aw = without_bias(self.base, asked)
         cross = (b * aw.to(wide).t()).sum(1)  # (out,)
         square = (b @ (a @ a.t()) * b).sum(1)  # (out,)
         change = self.scale * (2 * cross + self.scale * square) / length.square()
-        return (length * (1 + change).clamp(min=0).sqrt()).to(self.m.dtype)
+        turned = length * (1 + change).clamp(min=0).sqrt()
+        alone = self.scale * square.sqrt()  # where the weight's row is zero
+        return torch.where(length > 0, turned, alone).to(self.m.dtype)
+
+    def as_input(self, x: Tensor) -> Tensor:
+        """In the dtype that the base multiplies."""
+        weight = float_weight(innermost(self.base))
+        return x if weight is None else x.to(weight.dtype)
 
     def base_bias(self) -> Tensor | None:
         """The bias below, which has no part in the lengths."""
         if is_plain(self.base):
             return getattr(innermost(self.base), "bias", None)
-        return self.base(self.a.new_zeros(1, self.a.size(1)))[0]
+        return self.base(self.as_input(self.a.new_zeros(1, self.a.size(1))))[0]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.strength == 0:
             return self.base(x)
         plain = is_plain(self.base)
         length = self.length if plain else row_lengths(self.base, x.dtype, x.device)
-        grow = (self.m / self.lengths(length)).to(x.dtype)  # (out,), 1 at birth
+        lengths = self.lengths(length)
+        grow = torch.where(lengths > 0, self.m / lengths, 1).to(x.dtype)  # 1 at birth
         y = linear_with_low_rank(
             self.base, x, self.dropout(x), self.a, self.b, self.scale
         )
@@ -104,4 +112,5 @@ class DoRALinear(LoRALinear):
         """m (W + s B A) / |W + s B A|."""
         turned = weight + self.change()
         length = torch.linalg.vector_norm(turned, dim=1)
-        return turned * (self.m.to(turned.dtype) / length)[:, None], bias
+        grow = torch.where(length > 0, self.m.to(turned.dtype) / length, 1)
+        return turned * grow[:, None], bias

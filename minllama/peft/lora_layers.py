@@ -13,6 +13,7 @@ from typing import TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from minllama.peft.adapter import Adapter, Spec
 
@@ -30,10 +31,26 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Te
     return y + F.linear(low * scale, b.to(low.dtype))  # sharded: each step propagates
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
+         "_backward_pre_hooks", "forward")  # fmt: skip
+
+
 def is_bare(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     """Whether it is a linear layer of (n, in) whose output nobody else looks at."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks
-    return type(layer) is nn.Linear and not hooks and type(x) is Tensor and x.dim() > 1
+    watched = any(vars(layer).get(name) for name in HOOKS)
+    return (
+        type(layer) is nn.Linear and not watched and type(x) is Tensor and x.dim() > 1
+    )
+
+
+def is_watched(x: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether nothing may be written in place: someone keeps what operators return
+    (selective activation checkpointing) or transforms them (torch.func).
+    """
+    if torch.compiler.is_compiling():  # which makes it a sum again, if need be
+        return False
+    mapped = torch._C._functorch.is_functorch_wrapped_tensor  # type: ignore[attr-defined]
+    return is_in_torch_dispatch_mode() or mapped(x) or mapped(a) or mapped(b)
 
 
 def linear_with_low_rank(
@@ -44,14 +61,14 @@ def linear_with_low_rank(
     The change is added into the layer's output where that is safe: no copy of it. On
     rows (n, in), since autograd would copy gradients of a view that is written to.
     """
-    if not is_bare(layer, x):
+    if not is_bare(layer, x) or is_watched(x, a, b):
         return add_low_rank(layer(x), dropped, a, b, scale)
     rows = x.flatten(0, -2)
+    frozen = not any(p.requires_grad for p in layer.parameters())
     autocast = torch.is_autocast_enabled(x.device.type)
-    if dropped is x and not layer.weight.requires_grad and not autocast:
+    if dropped is x and a.requires_grad and frozen and not autocast:
         ab = a.to(x.dtype), b.to(x.dtype)
-        learns = a.requires_grad  # else x is not kept: LoRA-FA's point
-        y = _LinearWithLowRank.apply(rows, layer.weight, layer.bias, *ab, scale, learns)
+        y = _LinearWithLowRank.apply(rows, layer.weight, layer.bias, *ab, scale)
     else:
         y = layer(rows)
         low = F.linear(dropped.flatten(0, -2), a.to(x.dtype))
@@ -68,17 +85,19 @@ class _LinearWithLowRank(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scale, learns_a):
+    def forward(ctx, x, weight, bias, a, b, scale):
         y = F.linear(x, weight, bias)
         low = x @ a.t()  # (n, r)
         y.addmm_(low, b.t(), alpha=scale)
-        ctx.save_for_backward(x if learns_a else None, weight, a, b, low)
+        ctx.save_for_backward(x, weight, a, b, low)
         ctx.scale = scale
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, a, b, low = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be derived again: low must know of x and A
+            low = x @ a.t()
         need_x, _, _, need_a, need_b = ctx.needs_input_grad[:5]
         dx = da = db = None
         if need_b:
@@ -89,7 +108,7 @@ class _LinearWithLowRank(torch.autograd.Function):
             da = d_low.t() @ x
         if need_x:
             dx = (dy @ weight).addmm_(d_low, a)
-        return dx, None, None, da, db, None, None
+        return dx, None, None, da, db, None
 
 
 class LowRank(Adapter):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minllama.peft.adapter import Adapter, Spec, adapters, specs
 from minllama.peft.attach import wrap
-from minllama.peft.base import innermost
+from minllama.peft.base import float_weight, innermost
 from minllama.peft.lora_layers import LoRALinear, is_bare
 from minllama.peft.rows_kernel import FEW, rows_down, rows_up
 from minllama.peft.targets import outer_modules
@@ -62,7 +62,7 @@ class Siblings:
 
         def make(low: Tensor) -> list[Tensor]:
             ys = [one.base(x) for one in self.layers]
-            return rows_up(ys, low, [cast(Tensor, one.row_b) for one in self.layers])
+            return rows_up(ys, low, [one.up(x) for one in self.layers])
 
         return self._once(x, layer, make)
 
@@ -70,7 +70,7 @@ class Siblings:
         assert self.a is not None
         at = self.layers.index(layer)
         if self.x is not x or self.made[at] is None:
-            self.made = make(rows_down(x, self.a))
+            self.made = make(rows_down(x, self.a.to(x.dtype)))
             self.x = x
         mine, self.made[at] = self.made[at], None  # nobody gets it twice
         if layer is self.layers[-1]:  # the last to ask: nothing is kept alive
@@ -87,8 +87,10 @@ class RowLoRALinear(Adapter):
         some = next(iter(own.values()))
         rank = max(one.rank for one in own.values())
         n = len(names)  # and one more, of zeros: a row without adapter
-        a = some.a.new_zeros(n + 1, rank, some.in_features)
-        b = some.b.new_zeros(n + 1, some.out_features, rank)
+        weight = float_weight(base)  # its dtype, so that a step converts nothing
+        dtype = some.a.dtype if weight is None else weight.dtype
+        a = some.a.new_zeros(n + 1, rank, some.in_features, dtype=dtype)
+        b = some.b.new_zeros(n + 1, some.out_features, rank, dtype=dtype)
         for name, one in own.items():
             at = names.index(name)
             a[at, : one.rank] = one.a.detach()
@@ -100,6 +102,11 @@ class RowLoRALinear(Adapter):
 
     def trained(self) -> list[nn.Parameter]:
         return []
+
+    def up(self, x: Tensor) -> Tensor:
+        """The rows' B, (B, r, out), in the dtype of what they multiply."""
+        assert self.row_b is not None
+        return self.row_b.to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.row_b is None or self.strength == 0:
@@ -113,10 +120,10 @@ class RowLoRALinear(Adapter):
             return self.siblings.whole(x, self)
         low = self.siblings.down(x, self)
         if torch.is_grad_enabled():
-            return torch.baddbmm(self.base(x), low, self.row_b)
+            return torch.baddbmm(self.base(x), low, self.up(x))
         if not is_bare(self.base, x) or self.base.bias is not None:
-            return self.base(x).baddbmm_(low, self.row_b)
-        y = torch.bmm(low, self.row_b)  # first: so it is written once, and the heavy
+            return self.base(x).baddbmm_(low, self.up(x))
+        y = torch.bmm(low, self.up(x))  # first: so it is written once, and the heavy
         y.flatten(0, 1).addmm_(x.flatten(0, 1), self.base.weight.t())  # product adds it
         return y
 
@@ -125,7 +132,8 @@ def mix_adapters(model: nn.Module, names: Sequence[str] | None = None) -> nn.Mod
     """Stack LoRA adapters of a model, so that each row of a batch may take its own.
 
     For serving: what is stacked is frozen and can neither be saved nor merged, and the
-    adapters themselves are gone from the model. Save them before.
+    adapters themselves are gone from the model. Save them before. Each counts in full,
+    whatever `set_adapter` said.
 
     Args:
         model: with LoRA adapters, changed in place and returned.

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
 
 from minllama import generate
 from minllama.architecture import MinimalLlama, StaticCaches, packed
+from minllama.dist_run import checkpoint_activations
 from minllama.peft import (
     adapter_names,
     add_adalora,
@@ -202,8 +202,9 @@ def test_one_graph_holds_the_whole_model(name):
     assert backend.graphs == 1
 
 
+@pytest.mark.parametrize("policy", ["full", "selective"])
 @pytest.mark.parametrize("name", EVERY)
-def test_checkpointed_blocks_have_the_same_gradients(name):
+def test_checkpointed_blocks_have_the_same_gradients(name, policy):
     model = shake(EVERY[name](make_model("llama").double()))
     tokens = random_tokens(2, 9)
 
@@ -213,12 +214,24 @@ def test_checkpointed_blocks_have_the_same_gradients(name):
         return [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
     expected = gradients(model)
-    for layer in model.layers:
-        plain = layer.forward
-        layer.forward = lambda *a, plain=plain, **k: checkpoint(
-            plain, *a, use_reentrant=False, **k
-        )
+    checkpoint_activations(model, policy)
     assert_close(gradients(model), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [{}, {"dora": True}, {"rslora": True}])
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float32])
+def test_adapters_of_another_dtype_than_the_base_learn(base, kind):
+    """As `minllama finetune --dtype bfloat16` has them: they learn in float32."""
+    model = make_model("qwen2").to(base)
+    other = torch.float32 if base == torch.bfloat16 else torch.bfloat16
+    tokens = random_tokens(2, 9)
+    before = model(tokens)
+    add_lora(model, 4, 8, "all-linear", dtype=other, **kind)
+    after = model(tokens)
+    assert after.dtype == base and torch.equal(after, before)
+    after.float().square().mean().backward()
+    grads = [p.grad for n, p in model.named_parameters() if n.endswith(".b")]
+    assert all(g is not None and g.dtype == other and g.any() for g in grads)
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -38,6 +38,7 @@ from minllama.peft import (
     trainable_parameters,
 )
 from minllama.peft.lora import LoRALinear
+from minllama.peft.lora_layers import linear_with_low_rank
 from tests.conftest import CountingBackend, make_model, random_tokens
 from tests.peft.test_adapters import shake
 
@@ -325,6 +326,62 @@ def test_two_doras_switch_and_stack():
     assert torch.equal(model(tokens), alone_one)
 
 
+def test_the_hand_written_backward_is_right_and_may_be_derived_again():
+    base = nn.Linear(6, 7).double().requires_grad_(False)
+    x, a, b = (torch.randn(s, dtype=torch.double, requires_grad=True)
+               for s in ((5, 6), (3, 6), (7, 3)))  # fmt: skip
+    layer = lambda x, a, b: linear_with_low_rank(base, x, x, a, b, 0.7)
+    assert torch.autograd.gradcheck(layer, (x, a, b))
+    assert torch.autograd.gradgradcheck(layer, (x, a, b))
+    frozen = lambda x, b: linear_with_low_rank(base, x, x, a.detach(), b, 0.7)
+    assert torch.autograd.gradcheck(frozen, (x, b))
+    assert torch.autograd.gradgradcheck(frozen, (x, b))
+
+
+def test_who_learns_or_watches_below_a_lora_is_not_left_out():
+    model = add_lora(make_model("qwen2"), 4, 8, "all-linear")
+    attention, tokens = model.layers[1].self_attn, random_tokens(2, 9)
+    q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+    seen = []
+    q.base.bias.requires_grad_(True)
+    k.base.register_full_backward_hook(lambda *_: seen.append("backward"))
+    plain = v.base.forward
+    v.base.forward = lambda x: seen.append("forward") or plain(x)
+    model(tokens).square().mean().backward()
+    assert q.base.bias.grad is not None and q.base.bias.grad.any()
+    assert sorted(seen) == ["backward", "forward"]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap
+@pytest.mark.parametrize("dora", [False, True])
+def test_functions_of_the_parameters_can_be_transformed(dora):
+    """torch.func: gradients and a batch of models."""
+    model, tokens = make_model("llama").double(), random_tokens(2, 9)
+    shake(add_lora(model, 4, 8, "all-linear", dora=dora))
+    learned = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (tokens,)).square().mean()
+
+    loss(dict(model.named_parameters())).backward()
+    for name, grad in torch.func.grad(loss)(learned).items():
+        assert_close(grad, model.get_parameter(name).grad, rtol=0, atol=1e-12)
+    stacked = {n: torch.stack([p, 2 * p]) for n, p in learned.items()}
+    assert_close(torch.func.vmap(loss)(stacked)[0], loss(learned))
+
+
+def test_a_row_of_zeros_does_not_make_dora_nan():
+    model, tokens = make_model("llama"), random_tokens(2, 9)
+    with torch.no_grad():
+        model.layers[0].mlp.up_proj.weight[3] = 0
+    before = model(tokens)
+    add_lora(model, 4, 8, "all-linear", dora=True)
+    assert torch.equal(model(tokens), before)
+    logits = shake(model)(tokens)
+    assert logits.isfinite().all()
+    assert_close(merge(model)(tokens), logits, rtol=1e-4, atol=1e-4)
+
+
 ROWS = ["bob", None, "anna", "anna", "bob"]
 
 
@@ -380,6 +437,22 @@ def test_a_step_of_rows_is_one_graph():
         set_rows(model, [1, None, 0])
         assert_close(compiled(tokens), model(tokens))
     assert backend.graphs == 1
+
+
+def test_rows_of_adapters_in_another_dtype_than_the_model():
+    model, tokens = make_model("llama").bfloat16(), random_tokens(2, 9)
+    for name in ("anna", "bob"):
+        add_lora(model, 4, 8, "all-linear", name=name, dtype=torch.float32)
+        shake(model).requires_grad_(False)
+    alone_anna = set_adapter(model, "anna")(tokens[:1])
+    set_rows(mix_adapters(model), ["anna", "bob"])
+    with torch.no_grad():
+        mixed = model(tokens)
+        assert_close(mixed[:1].float(), alone_anna.float(), rtol=0.1, atol=0.1)
+        caches = model.new_caches(2, 9)
+        parts = [model(part, caches=caches) for part in tokens.split([8, 1], 1)]
+    assert mixed.dtype == torch.bfloat16
+    assert_close(torch.cat(parts, 1).float(), mixed.float(), rtol=0.1, atol=0.1)
 
 
 def test_rows_launch_few_operations():
