@@ -3,11 +3,12 @@
 from torch import nn
 
 from minllama.architecture.model import MinimalLlama
+from minllama.peft.adalora import AdaLoRALinear
 from minllama.peft.adapter import Adapter, Spec
-from minllama.peft.file_tensors import chains, their_module
+from minllama.peft.file_tensors import chains, shares_rows, their_module
 from minllama.peft.ia3 import IA3Linear
-from minllama.peft.lora_layers import LowRank
-from minllama.peft.saved import TrainedCopy
+from minllama.peft.lora_layers import LoRALinear, LowRank
+from minllama.peft.saved import BiasLinear, TrainedCopy
 from minllama.peft.targets import outer_modules
 from minllama.peft.tokens import TokenRows
 
@@ -21,7 +22,11 @@ STARTS = {"uniform": True, "gaussian": "gaussian", "pissa": "pissa", "olora": "o
 
 
 def write_config(model: MinimalLlama, spec: Spec, base_model: str | None) -> dict:
-    """The config of one adapter, as the PEFT library reads it."""
+    """The config of one adapter, as the PEFT library reads it.
+
+    Raises:
+        ValueError: no config says what was adapted.
+    """
     config = {
         "peft_type": TYPES[spec.method],
         "task_type": "CAUSAL_LM",
@@ -29,29 +34,24 @@ def write_config(model: MinimalLlama, spec: Spec, base_model: str | None) -> dic
         "inference_mode": True,
     }
     found = list(chains(model, spec.name))
+    check_rows(found)
     s = spec.settings
     if spec.method in ("lora", "dora"):
         return {**config, **_lora_config(model, spec, found)}
+    others, layers = _beside(model, spec, found)
     if spec.method == "ia3":
-        inner = [at for at, a in found if isinstance(a, IA3Linear) and a.scales_input]
-        targets = _said(model, [at for at, _ in found])
-        full = any("." in target for target in targets)
-        inner = [their_module(at) if full else at.split(".")[-1] for at in inner]
-        extra = {"feedforward_modules": sorted(set(inner)), "target_modules": targets}
+        extra = _ia3_config(model, layers)
     elif spec.method in ("vera", "adalora", "norm_tuning", "bitfit", "houlsby"):
-        extra = {"target_modules": _said(model, [at for at, _ in found])}
+        extra = {"target_modules": _said(model, list(layers))}
     elif spec.method == "trainable_tokens":
-        ids = {at: a.ids for at, a in found if isinstance(a, TokenRows)}
-        names = [at for at in ids if at != "lm_head"] or ["lm_head"]
-        extra = {"token_indices": ids[names[0]], "target_modules": _said(model, names)}
+        extra = _token_config(model, found)
     else:
         extra = {}
     if spec.method == "vera":
         extra |= {"r": s["rank"], "projection_prng_key": s["seed"],
                   "d_initial": s["d_initial"], "save_projection": True}  # fmt: skip
     if spec.method == "adalora":
-        extra |= {"init_r": s["rank"], "lora_alpha": s["alpha"], "total_step": 1,
-                  "tinit": 0, "tfinal": 0}  # fmt: skip
+        extra |= _adalora_config(spec, layers)
     if spec.method == "houlsby":
         extra |= {"size": s["size"]}
     if spec.method == "llama_adapter":
@@ -59,7 +59,92 @@ def write_config(model: MinimalLlama, spec: Spec, base_model: str | None) -> dic
                   "target_modules": "self_attn"}  # fmt: skip
     if spec.method in ("prefix", "prompt"):
         extra |= _prompt_config(model, spec)
-    return {**config, **extra}
+    return {**config, **extra, **others}
+
+
+def check_rows(found: list[tuple[str, Adapter]]) -> None:
+    """Refuse rows of a table that the same adapter changes in another way, too.
+
+    A LoRA around a head that takes the embedding's rows is the one exception.
+
+    Raises:
+        ValueError: there are such rows.
+    """
+    tied = shares_rows(found)
+    for at, adapter in found:
+        kin = [a for place, a in found if place == at and a is not adapter]
+        if tied and at == "lm_head":
+            kin = [a for a in kin if type(a) is not LoRALinear]
+        if isinstance(adapter, TokenRows) and kin:
+            raise ValueError(
+                f"adapter {adapter.spec.name!r} trains rows of {at} and changes it as "
+                f"{type(kin[0]).__name__}, too; no file holds both. merge it and save "
+                "the model, or give one of the two another name= before training."
+            )
+
+
+def _beside(
+    model: nn.Module, spec: Spec, found: list[tuple[str, Adapter]]
+) -> tuple[dict, dict[str, Adapter]]:
+    """What a config says of parts trained in full, and the layers that remain."""
+    saved = [at for at, a in found if isinstance(a, TrainedCopy) and a.beside]
+    layers = {at: a for at, a in found if at not in saved}
+    if spec.method != "bitfit":
+        layers = {at: a for at, a in found
+                  if at in layers and not isinstance(a, BiasLinear)}  # fmt: skip
+    others: dict = {"modules_to_save": _said_to_save(model, saved)} if saved else {}
+    if spec.settings.get("bias", "none") != "none":
+        others["bias"] = spec.settings["bias"]
+    return others, layers
+
+
+def _ia3_config(model: nn.Module, layers: dict[str, Adapter]) -> dict:
+    """Layers whose input is scaled are said as the targets are, by names or in full."""
+    inner = [
+        at for at, a in layers.items() if isinstance(a, IA3Linear) and a.scales_input
+    ]
+    targets, leaves = _said(model, list(layers)), {at.split(".")[-1] for at in inner}
+    alike = [at for at in layers if at.split(".")[-1] in leaves]
+    if alike != inner or any("." in target for target in targets):
+        targets = sorted(their_module(at) for at in layers)
+        leaves = {their_module(at) for at in inner}
+    return {"feedforward_modules": sorted(leaves), "target_modules": targets}
+
+
+def _token_config(model: nn.Module, found: list[tuple[str, Adapter]]) -> dict:
+    """One list of ids for all tables: that is what the format has."""
+    ids = {at: a.ids for at, a in found if isinstance(a, TokenRows)}
+    if shares_rows(found):
+        ids.pop("lm_head")  # it follows the embedding there, too
+    first, *rest = ids
+    if other := [at for at in rest if ids[at] != ids[first]]:
+        raise ValueError(
+            f"token ids {ids[first]} of {first} and {ids[other[0]]} of {other[0]} "
+            "differ; a file of trainable tokens holds one list for all tables. Train "
+            "the same ids, or use add_lora(trainable_tokens=…), whose file holds both."
+        )
+    return {"token_indices": ids[first], "target_modules": _said(model, list(ids))}
+
+
+def _adalora_config(spec: Spec, layers: dict[str, Adapter]) -> dict:
+    """The rank to begin with, and which of its triples each layer has.
+
+    Where a layer has more than the rank to begin with, the file begins with that many,
+    and its alpha makes up for it: their scale is alpha / (init_r + 1e-5).
+    """
+    rank, alpha = spec.settings["rank"], spec.settings["alpha"]
+    ranks = {at: a.rank for at, a in layers.items() if isinstance(a, AdaLoRALinear)}
+    most = max(rank, *ranks.values())
+    kept = {f"{their_module(at)}.lora_E": [i < r for i in range(most)]
+            for at, r in ranks.items()}  # fmt: skip
+    return {
+        "init_r": most,
+        "lora_alpha": alpha if most == rank else alpha * (most + 1e-5) / (rank + 1e-5),
+        "rank_pattern": kept if set(ranks.values()) != {most} else None,
+        "total_step": 1,
+        "tinit": 0,
+        "tfinal": 0,
+    }
 
 
 def _lora_config(
@@ -69,9 +154,8 @@ def _lora_config(
     layers = {at: a for at, a in found if isinstance(a, LowRank)}
     saved = [at for at, a in found if isinstance(a, TrainedCopy)]
     rows = {at: a.ids for at, a in found if isinstance(a, TokenRows)}
-    if len(rows) > 1 and len({id(a.rows) for _, a in found
-                              if isinstance(a, TokenRows)}) == 1:  # fmt: skip
-        rows.pop("lm_head", None)  # it follows the embedding there, too
+    if shares_rows(found):
+        rows.pop("lm_head")  # it follows the embedding there, too
     ranks = {their_module(at): a.rank for at, a in layers.items()}
     alphas = {their_module(at): a.alpha for at, a in layers.items()}
     return {
@@ -85,7 +169,7 @@ def _lora_config(
         "target_modules": _said(model, list(layers)),
         "rank_pattern": {n: r for n, r in ranks.items() if r != s["rank"]},
         "alpha_pattern": {n: a for n, a in alphas.items() if a != s["alpha"]},
-        "modules_to_save": _said(model, saved) or None,
+        "modules_to_save": _said_to_save(model, saved) or None,
         "trainable_token_indices": {at: ids for at, ids in rows.items()} or None,
     }
 
@@ -108,5 +192,13 @@ def _said(model: nn.Module, names: list[str]) -> list[str]:
     leaves = {name.split(".")[-1] for name in names}
     meant = {n for n in outer_modules(model) if n.split(".")[-1] in leaves}
     if meant == set(names):
+        return sorted(leaves)
+    return sorted(their_module(name) for name in names)
+
+
+def _said_to_save(model: nn.Module, names: list[str]) -> list[str]:
+    """The same for modules_to_save, where "norm" means every name that ends so."""
+    leaves = tuple({name.split(".")[-1] for name in names})
+    if {n for n in outer_modules(model) if n.endswith(leaves)} == set(names):
         return sorted(leaves)
     return sorted(their_module(name) for name in names)

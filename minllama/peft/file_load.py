@@ -10,15 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from minllama.peft.adalora import add_adalora
-from minllama.peft.file_tensors import PREFIX, our_module, their_module
+from minllama.peft.adapter import specs
+from minllama.peft.file_config import check_rows
+from minllama.peft.file_tensors import PREFIX, chains, our_module, their_module
 from minllama.peft.houlsby import add_houlsby
 from minllama.peft.ia3 import add_ia3
 from minllama.peft.llama_adapter import add_llama_adapter
 from minllama.peft.lora import add_lora
 from minllama.peft.prefix import add_prefix
 from minllama.peft.prompt import add_prompt
-from minllama.peft.saved import add_bitfit, add_norm_tuning
-from minllama.peft.targets import outer_modules
+from minllama.peft.saved import (
+    add_biases,
+    add_bitfit,
+    add_norm_tuning,
+    save_modules,
+)
+from minllama.peft.targets import outer_modules, pattern_value
 from minllama.peft.tokens import add_trainable_tokens
 from minllama.peft.vera import add_vera
 
@@ -28,6 +35,9 @@ NOT_BUILT = (
     "alora_invocation_tokens", "target_parameters", "arrow_config", "kasa_config",
     "velora_config", "monteclora_config", "loftq_config",
 )  # fmt: skip
+ADAPTED = ("lora_", "ia3_l", "vera_", "ln_tuning_layers.", "trainable_tokens_delta",
+           "base_layer.")  # fmt: skip  # in names of what is no whole saved module
+WITH_OTHERS = ("IA3", "VERA", "ADALORA", "LN_TUNING")  # add_lora does that itself
 
 
 def add_from_file(
@@ -40,16 +50,73 @@ def add_from_file(
     """Add the adapter that a config and the names of its tensors describe.
 
     Raises:
-        ValueError: a method, or an option of it, that is not built here.
+        ValueError: a method, or an option of it, that is not built here; or a config
+            that lacks a number.
     """
     kind = config.get("peft_type")
-    add = LOADERS.get(kind)  # type: ignore[arg-type]
-    if add is None:
+    if not isinstance(kind, str) or kind not in LOADERS:
         raise ValueError(
             f"peft_type={kind!r} is not built here; known are "
             f"{', '.join(sorted(LOADERS))}."
         )
-    add(model, config, tensors, name, dtype)
+    for option in NOT_BUILT:
+        if config.get(option):
+            raise ValueError(
+                f"{option}={config[option]!r} is not built here; merge such an adapter "
+                "into its model where it was trained."
+            )
+    LOADERS[kind](model, config, tensors, name, dtype)
+    if kind in WITH_OTHERS:
+        _add_others(model, config, tensors, name)
+
+
+def _add_others(model, config, tensors, name) -> None:
+    """What is trained in full beside the adapted layers: biases, whole modules."""
+    spec, which = specs(model)[name], config.get("bias") or "none"
+    adapted = [at for at, _ in chains(model, name)]
+    add_biases(model, spec, "lora_only" if which == "vera_only" else which, adapted)
+    save_modules(model, spec, _saved_modules(model, tensors))
+    spec.settings["bias"] = which
+
+
+def _saved_modules(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    rest = [key for key in tensors if not any(word in key for word in ADAPTED)]
+    whole = [
+        k for k in rest if not k.endswith(".bias") or not _is_linear_bias(model, k)
+    ]
+    return sorted(
+        {our_module(k.removeprefix(PREFIX)).rpartition(".")[0] for k in whole}
+    )
+
+
+def _number(config: dict, key: str, default: float | None = None):
+    """A number of the config."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(
+            f"{key}={value!r} in adapter_config.json must be a number; copy it from "
+            "where the adapter was trained."
+        )
+    return value
+
+
+def _whole_number(config: dict, key: str, default: int | None = None) -> int:
+    value = _number(config, key, default)
+    if not isinstance(value, int):
+        raise ValueError(
+            f"{key}={value!r} in adapter_config.json must be a whole number; copy it "
+            "from where the adapter was trained."
+        )
+    return value
+
+
+def _ids(key: str, value) -> list[int]:
+    if not isinstance(value, list) or not all(type(i) is int for i in value):
+        raise ValueError(
+            f"{key}={value!r} in adapter_config.json must be a list of token ids; copy "
+            "it from where the adapter was trained."
+        )
+    return value
 
 
 def _places(tensors: dict[str, Tensor], *endings: str) -> dict[str, Tensor]:
@@ -58,15 +125,15 @@ def _places(tensors: dict[str, Tensor], *endings: str) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         for ending in endings:
             if key.startswith(PREFIX) and key.endswith(f".{ending}"):
+                if tensor.dim() == 0:
+                    raise ValueError(f"{key} is one number; the file is not whole.")
                 at = key.removeprefix(PREFIX).removesuffix(f".{ending}")
                 found[our_module(at)] = tensor
     return found
 
 
 def _load_lora(model, config, tensors, name, dtype) -> None:
-    for option in NOT_BUILT:
-        if config.get(option):
-            raise ValueError(f"{option}={config[option]!r} is not built here.")
+    rank, alpha = _whole_number(config, "r"), _number(config, "lora_alpha", 8)
     init = config.get("init_lora_weights", True)
     if init not in (*HARMLESS, "pissa", "olora"):
         raise ValueError(
@@ -77,42 +144,49 @@ def _load_lora(model, config, tensors, name, dtype) -> None:
     linear = _places(tensors, "lora_A.weight")
     tables = _places(tensors, "lora_embedding_A")
     ranks = {at: len(t) for at, t in (linear | tables).items()}
-    alphas = config.get("alpha_pattern") or {}
-    adapted = ("lora_", "trainable_tokens_delta", "base_layer.")
-    rest = [k for k in tensors if not any(word in k for word in adapted)]
-    saved = {our_module(k.removeprefix(PREFIX)).rpartition(".")[0] for k in rest
-             if not k.endswith(".bias") or not _is_linear_bias(model, k)}  # fmt: skip
     add_lora(
         model,
-        config["r"],
-        config.get("lora_alpha", 8),
+        rank,
+        alpha,
         list(ranks),
         name=name,
-        dropout=config.get("lora_dropout", 0.0),
+        dropout=_number(config, "lora_dropout", 0.0),
         rslora=bool(config.get("use_rslora")),
         dora=bool(config.get("use_dora")),
         init=init if init in ("pissa", "olora") else "uniform",
-        rank_pattern={re.escape(at): r for at, r in ranks.items() if r != config["r"]},
-        alpha_pattern={k: v for k, v in alphas.items()},
-        modules_to_save=sorted(saved),
+        rank_pattern={re.escape(at): r for at, r in ranks.items() if r != rank},
+        alpha_pattern=_alphas(config, list(ranks)),
+        modules_to_save=_saved_modules(model, tensors),
         bias=config.get("bias") or "none",
         trainable_tokens=_token_rows(config.get("trainable_token_indices")),
         dtype=dtype,
     )
+    check_rows(list(chains(model, name)))
+
+
+def _alphas(config: dict, names: list[str]) -> dict[str, float]:
+    """Layers with an alpha of their own; patterns that fit none are passed over."""
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"alpha_pattern={patterns!r} must say name: alpha for each.")
+    own = {at: pattern_value(patterns, their_module(at), None) for at in names}
+    return {
+        re.escape(at): _number(own, at)
+        for at, alpha in own.items()
+        if alpha is not None
+    }
 
 
 def _is_linear_bias(model: nn.Module, key: str) -> bool:
-    """Whether it is a bias trained by bias="all", not part of a saved module."""
+    """Whether it is the bias of a linear layer, as bias="all" trains it."""
     at = our_module(key.removeprefix(PREFIX)).removesuffix(".bias")
-    return f"{PREFIX}{their_module(at)}.weight" != key and hasattr(
-        outer_modules(model).get(at), "in_features"
-    )
+    return hasattr(outer_modules(model).get(at), "in_features")
 
 
 def _token_rows(indices) -> dict[str, list[int]] | list[int]:
     if isinstance(indices, dict):
-        return {our_module(at): list(ids) for at, ids in indices.items()}
-    return list(indices or ())
+        return {our_module(at): _ids(at, ids) for at, ids in indices.items()}
+    return _ids("trainable_token_indices", indices or [])
 
 
 def _load_ia3(model, config, tensors, name, dtype) -> None:
@@ -123,33 +197,41 @@ def _load_ia3(model, config, tensors, name, dtype) -> None:
 
 def _load_vera(model, config, tensors, name, dtype) -> None:
     found = _places(tensors, "vera_lambda_b")
-    seed = config.get("projection_prng_key", 0)
-    d = config.get("d_initial", 0.1)
+    rank, d = _whole_number(config, "r"), _number(config, "d_initial", 0.1)
+    seed = _whole_number(config, "projection_prng_key", 0)
     if "base_model.vera_A" not in tensors:
         raise ValueError(
             "the file has no vera_A: it was saved without its random matrices, which "
             "differ between machines; save it with save_projection=True."
         )
-    add_vera(model, config["r"], list(found), d, seed, name, dtype)
+    add_vera(model, rank, list(found), d, seed, name, dtype)
 
 
 def _load_adalora(model, config, tensors, name, dtype) -> None:
     found = _places(tensors, "lora_A")
-    rank = config.get("init_r", 12)
-    odd = {at: len(t) for at, t in found.items() if len(t) != rank}
-    add_adalora(model, rank, config.get("lora_alpha", 8), list(found), name, dtype, odd)
+    rank, alpha = _whole_number(config, "init_r"), _number(config, "lora_alpha", 8)
+    odd = {re.escape(at): len(t) for at, t in found.items() if len(t) != rank}
+    add_adalora(model, rank, alpha, list(found), name, dtype, odd)
+
+
+def _prompt_length(tensors: dict[str, Tensor]) -> int:
+    prompt = tensors.get("prompt_embeddings")
+    if prompt is None or prompt.dim() != 2:
+        raise ValueError("the file has no table prompt_embeddings; it is not whole.")
+    return len(prompt)
 
 
 def _load_prefix(model, config, tensors, name, dtype) -> None:
-    add_prefix(model, len(tensors["prompt_embeddings"]), None, name, dtype)
+    add_prefix(model, _prompt_length(tensors), None, name, dtype)
 
 
 def _load_prompt(model, config, tensors, name, dtype) -> None:
-    add_prompt(model, len(tensors["prompt_embeddings"]), (), None, name, dtype)
+    add_prompt(model, _prompt_length(tensors), (), None, name, dtype)
 
 
 def _load_llama_adapter(model, config, tensors, name, dtype) -> None:
-    size, layers = config["adapter_len"], config["adapter_layers"]
+    size = _whole_number(config, "adapter_len")
+    layers = _whole_number(config, "adapter_layers")
     add_llama_adapter(model, size, layers, name, dtype)
 
 
@@ -159,7 +241,7 @@ def _load_norms(model, config, tensors, name, dtype) -> None:
 
 def _load_tokens(model, config, tensors, name, dtype) -> None:
     found = _places(tensors, "trainable_tokens_delta")
-    ids = list(config["token_indices"])
+    ids = _ids("token_indices", config.get("token_indices"))
     add_trainable_tokens(model, {at: ids for at in found}, name)
 
 
@@ -169,7 +251,7 @@ def _load_bitfit(model, config, tensors, name, dtype) -> None:
 
 def _load_houlsby(model, config, tensors, name, dtype) -> None:
     found = list(_places(tensors, "down_bias"))
-    add_houlsby(model, config["size"], found, name, dtype)
+    add_houlsby(model, _whole_number(config, "size"), found, name, dtype)
 
 
 LOADERS = {

@@ -82,7 +82,8 @@ def stored(adapter: Adapter, at: str, kin: list[Adapter]) -> dict[str, Tensor]:
     """
     there = PREFIX + their_module(at)
     if isinstance(adapter, TrainedCopy):
-        inner = ".ln_tuning_layers" if adapter.spec.method == "norm_tuning" else ""
+        tuned = adapter.spec.method == "norm_tuning" and not adapter.beside
+        inner = ".ln_tuning_layers" if tuned else ""
         named = adapter.copy.named_parameters()
         return {f"{there}{inner}.{name}": p for name, p in named}
     if isinstance(adapter, TokenRows):

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from minllama.architecture.model import MinimalLlama
 from minllama.architecture.weights_files import read_json
 from minllama.architecture.weights_save import fresh_folder
-from minllama.peft.adapter import remove_adapter, set_adapter, specs
+from minllama.peft.adapter import set_adapter, specs
+from minllama.peft.attach import all_or_nothing, check_free
 from minllama.peft.base import float_weight
 from minllama.peft.file_config import write_config
 from minllama.peft.file_load import add_from_file
@@ -38,6 +39,7 @@ from minllama.peft.vera import VeRALinear
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 BASE_WEIGHT = ".base_layer.weight"
+WRAPPERS = (".modules_to_save.", ".original_module.")  # of the PEFT library
 
 
 def save_adapter(
@@ -57,8 +59,8 @@ def save_adapter(
         base_model: name or path of the model, noted in the config.
 
     Raises:
-        ValueError: no adapter, several and no name, or one that no file can hold, as a
-            mix.
+        ValueError: no adapter, several and no name, or one that no file can hold: a
+            mix, or rows and another change of one table.
     """
     there = specs(model)
     check_not_mixed(there.values())
@@ -105,20 +107,39 @@ def load_adapter(
     for file in (CONFIG, TENSORS):
         if not (folder / file).is_file():
             raise ValueError(f"{folder} has no {file}; give the folder of an adapter.")
-    config = read_json(folder / CONFIG)
-    try:
-        tensors = load_file(folder / TENSORS)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / TENSORS} is no whole file: {error}") from None
+    config, tensors = read_json(folder / CONFIG), _read_tensors(folder / TENSORS)
     check_tables(model, tensors)
-    add_from_file(model, config, tensors, name, dtype)
-    try:
+    check_free(model, name)
+    with all_or_nothing(model, name):
+        add_from_file(model, config, tensors, name, dtype)
         _fill_all(model, name, tensors)
-    except ValueError:
-        remove_adapter(model, name)
-        raise
     set_adapter(model, name)
     return model
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, each one once.
+
+    Under bias="all" the PEFT library writes the biases of modules_to_save again, under
+    the names of its own wrapper.
+    """
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no whole file: {error}") from None
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{key} is of {tensor.dtype}; an adapter is read in floating point: "
+                "save it without quantizing it."
+            )
+    return {k: t for k, t in tensors.items() if not _is_said_twice(k, tensors)}
+
+
+def _is_said_twice(key: str, tensors: dict[str, Tensor]) -> bool:
+    return any(
+        wrapper in key and key.replace(wrapper, ".") in tensors for wrapper in WRAPPERS
+    )
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from minllama.peft.adapter import Spec
 from minllama.peft.attach import all_or_nothing, attach, check_free
 from minllama.peft.base import model_dtype, place
 from minllama.peft.dora import DoRALinear
-from minllama.peft.lora_init import STARTS, SplitLoRALinear
+from minllama.peft.lora_init import SPLITS, STARTS, SplitLoRALinear, check_splits
 from minllama.peft.lora_layers import LoRAEmbedding, LoRALinear, LowRank
 from minllama.peft.saved import add_biases, save_modules
 from minllama.peft.targets import (
@@ -89,6 +89,11 @@ def add_lora(
     names = find_targets(model, targets, layers_to_transform, embeddings=True)
     check_patterns(dict(rank_pattern or {}), names, "rank_pattern")
     check_patterns(dict(alpha_pattern or {}), names, "alpha_pattern")
+    if init in SPLITS:
+        linear = [at for at in names if is_linear(model.get_submodule(at))]
+        patterns = dict(rank_pattern or {})
+        ranks = {at: pattern_value(patterns, at, rank) for at in linear}
+        check_splits(model, ranks, init)
     saved = list(modules_to_save)
     settings = {
         "rank": rank, "alpha": alpha, "dropout": dropout, "rslora": rslora,
@@ -124,7 +129,7 @@ def _kind(
         return LoRAEmbedding
     if dora:
         return DoRALinear
-    return SplitLoRALinear if init in ("pissa", "olora") else LoRALinear
+    return SplitLoRALinear if init in SPLITS else LoRALinear
 
 
 def _check(rank: int, alpha: float, dropout: float, init: str, dora: bool) -> None:
@@ -136,7 +141,7 @@ def _check(rank: int, alpha: float, dropout: float, init: str, dora: bool) -> No
         raise ValueError(f"dropout={dropout} must lie within 0 and 1.")
     if init not in STARTS:
         raise ValueError(f"init={init!r} is none of {', '.join(STARTS)}.")
-    if dora and init in ("pissa", "olora"):
+    if dora and init in SPLITS:
         raise ValueError(
             f"dora=True with init={init!r} is not built: both say where a weight's "
             "rows begin. Use one of them."

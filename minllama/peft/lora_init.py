@@ -7,10 +7,13 @@ takes r columns of Q and rows of R of W = Q R. What trains is then what matters 
 Papers: PiSSA Meng et al. 2024, arXiv:2404.02948 · OLoRA Büyükakyüz 2024, 2406.01775.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from minllama.peft.base import float_weight, innermost
+from minllama.peft.base import float_weight, innermost, is_tied
 from minllama.peft.lora_layers import LoRALinear, add_low_rank, linear_with_low_rank
 
 STARTS = ("uniform", "gaussian", "pissa", "olora")
@@ -30,6 +33,33 @@ def split_olora(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor
 
 
 SPLITS = {"pissa": split_pissa, "olora": split_olora}
+
+
+def check_splits(model: nn.Module, ranks: Mapping[str, int], init: str) -> None:
+    """Refuse what no part of a weight can be taken of, before any is taken.
+
+    Args:
+        model: not changed.
+        ranks: name of a linear layer -> rank of the part.
+        init: "pissa" or "olora".
+
+    Raises:
+        ValueError: a rank that the weight does not have, or a head whose weight is the
+            embedding's, too.
+    """
+    for at, rank in ranks.items():
+        layer: Any = model.get_submodule(at)  # nn.Module's attributes have no types
+        most = min(layer.in_features, layer.out_features)
+        if rank > most:
+            raise ValueError(
+                f"rank={rank} of {at} exceeds {most}, its smaller side: init={init!r} "
+                "finds no more directions in it; lower the rank, or use init='uniform'."
+            )
+    if "lm_head" in ranks and is_tied(model):
+        raise ValueError(
+            f"init={init!r} on lm_head would take its part out of the embedding, which "
+            "shares the weight; use init='uniform', or leave the head out of targets."
+        )
 
 
 class SplitLoRALinear(LoRALinear):
@@ -87,3 +117,9 @@ class SplitLoRALinear(LoRALinear):
         if self.strength != 1:
             y = add_low_rank(y, x, self.a0, self.b0, self.scale * (1 - self.strength))
         return y
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """W - s B0 A0 + w s B A + (1 - w) s B0 A0, with w the strength."""
+        start = self.b0.to(weight.dtype) @ self.a0.to(weight.dtype)
+        rest = (1 - self.strength) * self.scale * start
+        return weight + self.change() + rest, bias

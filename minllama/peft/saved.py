@@ -21,9 +21,15 @@ from minllama.peft.targets import ALL_LINEAR, find_modules, find_targets, outer_
 
 
 class TrainedCopy(Adapter):
-    """A module's trained copy in its stead; the module itself when switched off."""
+    """A module's trained copy in its stead; the module itself when switched off.
 
-    def __init__(self, base: nn.Module, spec: Spec) -> None:
+    Args:
+        base: the module.
+        spec: of the adapter.
+        beside: whether it is trained beside the layers that the method adapts.
+    """
+
+    def __init__(self, base: nn.Module, spec: Spec, beside: bool = False) -> None:
         if isinstance(base, Adapter):
             raise ValueError(
                 f"{type(base).__name__} is an adapter already; a module is trained in "
@@ -36,6 +42,7 @@ class TrainedCopy(Adapter):
                 f"{type(base).__name__} has no plain weights to train in full; adapt "
                 "it instead."
             )
+        self.beside = beside
         self.copy = copy.deepcopy(base)
 
     @torch.no_grad()
@@ -84,13 +91,24 @@ class BiasLinear(Adapter):
 def save_modules(model: nn.Module, spec: Spec, names: Iterable[str]) -> None:
     """Train copies of whole modules, too; they are saved with the adapter.
 
+    A copy holds its bias: one that the adapter trains there already is taken off.
+
     Raises:
         ValueError: no such module, or one that cannot be trained in full.
     """
     names = list(names)
     if names:
         found = find_modules(model, names)
-        wrap(model, found, lambda _, module: TrainedCopy(module, spec))
+        _take_off_biases(model, spec, found)
+        wrap(model, found, lambda _, module: TrainedCopy(module, spec, beside=True))
+
+
+def _take_off_biases(model: nn.Module, spec: Spec, names: list[str]) -> None:
+    inside = tuple(f"{name}." for name in names)
+    for at, module in outer_modules(model).items():
+        if isinstance(module, BiasLinear) and module.spec is spec:
+            if at in names or at.startswith(inside):
+                model.set_submodule(at, module.base)
 
 
 def layers_with_bias(model: nn.Module, names: Iterable[str]) -> list[str]:

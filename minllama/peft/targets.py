@@ -104,12 +104,17 @@ def pattern_value(patterns: dict | None, name: str, default):
 
 
 def check_patterns(patterns: dict | None, names: list[str], what: str) -> None:
-    """Refuse a pattern that fits no adapted layer.
+    """Refuse a pattern that fits no adapted layer, or says no size.
 
     Raises:
-        ValueError: such a pattern.
+        ValueError: such a pattern, or a value that is not above 0.
     """
-    for pattern in patterns or {}:
+    for pattern, value in (patterns or {}).items():
+        if not value > 0:
+            raise ValueError(
+                f"{what} gives {pattern!r} {value}, which must be above 0; leave a "
+                "layer that shall have no adapter out of targets."
+            )
         if not any(pattern_value({pattern: True}, name, False) for name in names):
             raise ValueError(
                 f"{what} has {pattern!r}, which fits no adapted layer; they are "

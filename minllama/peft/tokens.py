@@ -1,7 +1,8 @@
 """Trainable tokens: a few rows of the embedding learn, the rest stay as they are.
 
 Made for a vocabulary that was enlarged: only its new rows need training. Where head and
-embedding share their weight, the head takes the same rows, so the tie holds.
+embedding share their weight, the head takes the same rows, so the tie holds. They lie
+below a LoRA of the head, which adds to them as to all other rows.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from minllama.peft.adapter import Adapter, Spec
 from minllama.peft.attach import all_or_nothing, check_free, wrap
 from minllama.peft.base import float_weight, innermost, is_tied
+from minllama.peft.lora_layers import LoRALinear
 from minllama.peft.targets import find_modules, is_embedding, is_linear, outer_modules
 
 
@@ -118,7 +120,11 @@ def train_tokens(
     if tied and "embed_tokens" in wanted:
         shared = model.embed_tokens.rows  # type: ignore[union-attr]
         ids = wanted["embed_tokens"]
-        wrap(model, ["lm_head"], lambda _, m: TokenRowsLinear(m, spec, ids, shared))  # type: ignore[arg-type]
+        lora = (
+            type(modules["lm_head"]) is LoRALinear and modules["lm_head"].spec is spec
+        )
+        at = "lm_head.base" if lora else "lm_head"
+        wrap(model, [at], lambda _, m: TokenRowsLinear(m, spec, ids, shared))  # type: ignore[arg-type]
 
 
 def add_trainable_tokens(

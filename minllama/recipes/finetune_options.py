@@ -27,6 +27,8 @@ from minllama.peft import (
     make_galore,
     orthogonality_loss,
 )
+from minllama.peft.saved import layers_with_bias
+from minllama.peft.targets import find_targets
 
 PREFERENCE_LOSSES = ("dpo", "ipo")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -104,6 +106,22 @@ def targets_of(words: str) -> str | list[str]:
     return names if len(names) > 1 else words
 
 
+def _bitfit(model: MinimalLlama, o: "FinetuneOptions") -> nn.Module:
+    """Biases of the targets; those to be merged need a place in the model's files."""
+    targets = targets_of(o.targets)
+    if o.merge:
+        names = find_targets(model, targets)
+        placed = layers_with_bias(model, names)
+        if new := sorted({at.split(".")[-1] for at in names if at not in placed}):
+            old = sorted({at.split(".")[-1] for at in placed})
+            remedy = f"give --targets {','.join(old)}, or " if old else ""
+            raise ValueError(
+                f"method='bitfit' with --merge: {', '.join(new)} of this model have no "
+                f"bias, and its files no place for one; {remedy}leave --merge out."
+            )
+    return add_bitfit(model, targets)
+
+
 METHODS = {
     "full": Method(lambda model, o: model, lr=5e-5, whole=True),
     "lora": Method(_lora(), lr=1e-3),
@@ -129,9 +147,7 @@ METHODS = {
         lambda model, o: add_vera(model, o.rank, targets_of(o.targets)), lr=1e-2
     ),
     "ia3": Method(lambda model, o: add_ia3(model), lr=1e-2),
-    "bitfit": Method(
-        lambda model, o: add_bitfit(model, targets_of(o.targets)), lr=3e-3
-    ),
+    "bitfit": Method(_bitfit, lr=3e-3),
     "norms": Method(lambda model, o: add_norm_tuning(model), lr=1e-2),
     "houlsby": Method(lambda model, o: add_houlsby(model, o.rank), 1e-3, merges=False),
     "prefix": Method(lambda model, o: add_prefix(model, o.size), 1e-2, merges=False),

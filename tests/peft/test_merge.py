@@ -44,6 +44,20 @@ def test_merged_equals_unmerged(name, any_model):
     assert model.config.tie_embeddings == tied  # alike on both sides, or untouched
 
 
+@pytest.mark.parametrize("name", ["lora", "pissa", "olora"])
+def test_merged_equals_unmerged_of_any_weight(name):
+    """Two of them at once: a second one stands on what the first left of the weight."""
+    model, tokens = make_model("qwen2").double(), random_tokens(2, 9)
+    shake(EVERY[name](model))
+    shake(add_lora(model, name="other", targets="all-linear"))
+    set_adapter(model, {"default": 0.3, "other": -2.0})
+    expected = model(tokens)
+    unmerge(merge(model, ("default", "other"), keep=True))
+    assert torch.equal(model(tokens), expected)
+    merge(model, ("default", "other"))
+    assert_close(model(tokens), expected, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", CAN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unmerged_bit_for_bit(name, dtype):
@@ -134,6 +148,46 @@ def test_a_tied_table_is_parted_when_one_side_changed(where, tmp_path):
     model.save_pretrained(tmp_path)
     again = MinimalLlama.from_pretrained(tmp_path)
     assert torch.equal(again(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_no_part_is_taken_out_of_a_tied_table(init):
+    model = make_model("llama", tie_embeddings=True)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=f"init='{init}' on lm_head would take its"):
+        add_lora(model, 4, targets=["q_proj", "lm_head"], init=init)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    parted, tokens = make_model("llama"), random_tokens(2, 9)
+    expected = parted(tokens)
+    add_lora(parted, 4, targets=["lm_head"], init=init)
+    assert_close(parted(tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_weight_has_no_part_of_a_higher_rank(init):
+    """k_proj is 16 by 32; what was split before it would be rounded by going back."""
+    model = make_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    for settings in ({"rank": 17}, {"rank": 4, "rank_pattern": {"k_proj": 17}}):
+        with pytest.raises(
+            ValueError, match=r"rank=17 of layers\.0\.\S+k_proj exceeds 16"
+        ):
+            add_lora(model, targets=["q_proj", "k_proj"], init=init, **settings)
+        after = model.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[key], before[key]) for key in before)
+    add_lora(model, 16, targets=["k_proj"], init=init)
+
+
+@pytest.mark.parametrize("what", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_pattern_gives_no_layer_nothing(what, value):
+    with pytest.raises(ValueError, match=f"{what} gives 'k_proj' {value}, which must"):
+        add_lora(
+            make_model("llama"), 4, targets="all-linear", **{what: {"k_proj": value}}
+        )
 
 
 def enlarge(model: MinimalLlama, rows: int) -> MinimalLlama:

@@ -13,11 +13,18 @@ from minllama import MinimalLlama, Tokenizer
 from minllama.architecture import kernels
 from minllama.architecture.data import encode_documents, read_documents
 from minllama.cli import main, make_parser
-from minllama.peft import GaLore, add_adalora, load_adapter, orthogonality_loss
+from minllama.peft import (
+    GaLore,
+    add_adalora,
+    load_adapter,
+    merge,
+    orthogonality_loss,
+)
 from minllama.peft.adalora import AdaLoRALinear
 from minllama.peft.sft import held_out_loss
 from minllama.recipes import finetune as recipe
 from minllama.recipes.finetune_options import METHODS, FinetuneOptions
+from tests.conftest import make_model, random_tokens
 
 TEXTS = Path(__file__).parents[2] / "minllama/assets/texts"
 TALES = "Arr, me hearties! The sea be wide. {}\n<|endoftext|>\n"
@@ -287,6 +294,24 @@ def test_what_began_anew_never_goes_on_from_the_run_before(capsys, data):
     assert code == 0 and "going on" not in out
 
 
+def test_biases_are_merged_where_the_family_has_them(tmp_path):
+    """Qwen2 has those of q, k and v."""
+    options = {"data": "tales.txt", "out": "out", "method": "bitfit", "merge": True}
+    model, add = make_model("qwen2"), METHODS["bitfit"].add
+    with pytest.raises(ValueError, match="o_proj, up_proj of this model .* give --targ"
+                       "ets k_proj,q_proj,v_proj, or leave"):  # fmt: skip
+        add(model, FinetuneOptions(**options))
+    add(model, FinetuneOptions(**options, targets="k_proj,q_proj,v_proj"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    tokens = random_tokens(2, 9)
+    learned = model(tokens)
+    merge(model).save_pretrained(tmp_path)
+    again = MinimalLlama.from_pretrained(tmp_path, device=tokens.device)
+    torch.testing.assert_close(again(tokens), learned, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("more", "expected"), [
     (("--method", "lorra"), "method='lorra' must be one of full, lora, rslora"),
     (("--preference-loss", "hinge"), "preference_loss='hinge' must be one of dpo, ipo"),
@@ -294,6 +319,12 @@ def test_what_began_anew_never_goes_on_from_the_run_before(capsys, data):
     (("--method", "prefix", "--merge"), "method='prefix' is no change of a weight"),
     (("--method", "full", "--merge"), "method='full' leaves nothing to merge"),
     (("--method", "galore", "--merge"), "method='galore' leaves nothing to merge"),
+    (("--method", "bitfit", "--merge"), "down_proj, gate_proj, k_proj, o_proj, q_proj, "
+     "up_proj, v_proj of this model have no bias, and its files no place for one; "
+     "leave --merge out"),
+    (("--method", "pissa", "--rank", "129"), "exceeds 128, its smaller side"),
+    (("--method", "olora", "--rank", "129"), "exceeds 128, its smaller side"),
+    (("--method", "pissa", "--targets", "lm_head"), "init='pissa' on lm_head would"),
     (("--method", "full", "--dtype", "bfloat16"), "dtype='bfloat16' with"),
     (("--method", "adalora", "--steps", "1"), "leave some of steps=1, one to look"),
     (("--checkpointing", "half"), "checkpointing='half' must be one of full, sel"),
