@@ -31,6 +31,7 @@ from minllama.architecture.kernels import (
 )
 
 REDUCTIONS = ("mean", "sum")
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
 WRITTEN_OVER = (
     "cross_entropy: the gradient, which lies where the logits were, was used up by a "
     "first backward, or modified by an inplace operation on the logits. Call backward "
@@ -55,15 +56,19 @@ def cross_entropy_reference(
     )  # fmt: skip
     counted = targets != ignore_index
     if z_loss:
-        loss = loss + z_loss * x.logsumexp(-1).square() * counted
+        more = z_loss * x.logsumexp(-1).square()
+        loss = loss + more.masked_fill(~counted, 0)  # a factor 0 gave 0 / 0 a gradient
     return loss.sum() if reduction == "sum" else loss.sum() / counted.sum()
 
 
 @triton.jit
-def _lse(x_ptr, V, SMOOTH: tl.constexpr, LANES: tl.constexpr):
-    """log(sum(exp(x))) of a row, and its sum if SMOOTH."""
+def _sums(x_ptr, V, SMOOTH: tl.constexpr, LANES: tl.constexpr):
+    """Maximum of a row, sum(exp(x - maximum)), and sum(x) if SMOOTH.
+
+    Their logarithm is not added to the maximum: beside 1e31 it would be rounded away.
+    """
     col = tl.arange(0, LANES)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    top = tl.full((LANES,), -1e30, tl.float32)  # finite: -inf minus itself is no number
+    top = tl.full((LANES,), LOWEST, tl.float32)  # -inf minus itself is no number
     total = tl.zeros((LANES,), tl.float32)
     plain = tl.zeros((LANES,), tl.float32)
     for start in range(0, V, LANES * 8):
@@ -76,21 +81,23 @@ def _lse(x_ptr, V, SMOOTH: tl.constexpr, LANES: tl.constexpr):
         if SMOOTH:
             plain += tl.sum(tl.where(at < V, x, 0.0), axis=1)
     row_top = tl.max(top, axis=0)
-    lse = row_top + tl.log(tl.sum(total * tl.exp(top - row_top), axis=0))
-    return lse, tl.sum(plain, axis=0)
+    total = tl.sum(total * tl.exp(top - row_top), axis=0)
+    return row_top, total, tl.sum(plain, axis=0)
 
 
 @triton.jit
 def _write_gradient(
-    x_ptr, V, target, lse, factor, spread, own, LANES: tl.constexpr
+    x_ptr, V, target, top, factor, spread, own, LANES: tl.constexpr
 ):  # fmt: skip
-    """factor exp(x - lse) - spread, less `own` at the target, over the logits."""
+    """factor exp(x - top) - spread, less `own` at the target, over the logits."""
     col = tl.arange(0, LANES)[:, None] * 8 + tl.arange(0, 8)[None, :]
     last = (V - 1) // (LANES * 8) * LANES * 8
     for back in range(0, V, LANES * 8):
         at = last - back + col
-        x = tl.load(x_ptr + at, mask=at < V, other=0.0, eviction_policy="evict_first")
-        dx = tl.exp(x.to(tl.float32) - lse) * factor - spread
+        x = tl.load(
+            x_ptr + at, mask=at < V, other=-float("inf"), eviction_policy="evict_first"
+        )
+        dx = tl.exp(x.to(tl.float32) - top) * factor - spread
         dx = (dx - tl.where(at == target, own, 0.0)).to(x_ptr.dtype.element_ty)
         tl.store(x_ptr + at, dx, mask=at < V, eviction_policy="evict_first")
 
@@ -106,21 +113,24 @@ def _cross_entropy(
         target = tl.load(target_ptr + row)
         x_ptr = logits_ptr + tl.cast(row, tl.int64) * stride
         if target == ignore_index:
-            tl.store(loss_ptr + row, 0.0)
+            of_none = scale == float("inf")  # a mean, which is 0 / 0 then
+            tl.store(loss_ptr + row, tl.where(of_none, float("nan"), 0.0))
             if GRADIENT:  # exp(x - inf) = 0
                 _write_gradient(x_ptr, V, -1, float("inf"), 0.0, 0.0, 0.0, LANES)
         else:
-            lse, plain = _lse(x_ptr, V, SMOOTH, LANES)  # type: ignore[misc]
+            top, total, plain = _sums(x_ptr, V, SMOOTH, LANES)  # type: ignore[misc]
+            lse = top + tl.log(total)
             known = (target >= 0) & (target < V)  # else NaN: a kernel cannot raise
             own = tl.load(x_ptr + target, mask=known, other=float("nan"))
-            loss = lse - (1 - smoothing) * own.to(tl.float32) + z_loss * lse * lse
+            loss = top - (1 - smoothing) * own.to(tl.float32)
             if SMOOTH:
                 loss -= smoothing / V * plain
+            loss += tl.log(total) + z_loss * lse * lse
             tl.store(loss_ptr + row, loss * scale)
             if GRADIENT:
-                factor = (1 + 2 * z_loss * lse) * scale
+                factor = (1 + 2 * z_loss * lse) * scale / total
                 spread, own = smoothing / V * scale, (1 - smoothing) * scale
-                _write_gradient(x_ptr, V, target, lse, factor, spread, own, LANES)
+                _write_gradient(x_ptr, V, target, top, factor, spread, own, LANES)
 
 
 @triton.jit
@@ -238,7 +248,8 @@ def cross_entropy(
         ignore_index: rows of this target have no loss and no gradient.
         label_smoothing: share of the target's weight spread over all V.
         z_loss: weight of lse^2, which keeps logits from drifting.
-        reduction: "mean" over the targets that count, or "sum".
+        reduction: "mean" over the targets that count, NaN if none does (its gradient
+            is 0), or "sum".
 
     Raises:
         ValueError: shapes that do not belong together, a setting out of range, or a

@@ -64,13 +64,13 @@ def seen_keys(interval, b, query, T, S, INTERVAL: tl.constexpr):
     if INTERVAL:
         first_ptr, last_ptr, first_b, first_t, last_b, last_t = interval
         real, b = query < T, tl.cast(b, tl.int64)
-        last = tl.load(last_ptr + b * last_b + query * last_t, real, -1).to(tl.int32)
-        last = tl.minimum(last, S - 1)
+        last = tl.load(last_ptr + b * last_b + query * last_t, real, -1)
+        last = tl.minimum(tl.maximum(last, -1), S - 1).to(tl.int32)  # after its bounds
         first = tl.where(real, 0, S)
         if INTERVAL == 2:
             first = tl.load(first_ptr + b * first_b + query * first_t, real, S)
-            first = first.to(tl.int32)
-        begin, end = tl.maximum(tl.min(first), 0), tl.max(last) + 1
+            first = tl.minimum(tl.maximum(first, 0), S).to(tl.int32)
+        begin, end = tl.min(first), tl.max(last) + 1
         full_begin = tl.maximum(tl.max(tl.where(real, first, 0)), begin)
         full_end = tl.min(tl.where(real, last, S - 1)) + 1
     else:  # a triangle: the newest T of S keys are the queries' own

@@ -53,12 +53,24 @@ class FastFeedForward(FeedForward):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
+def _is_watched(module: nn.Module) -> bool:
+    """Whether hooks, or a forward of its own, expect one tensor in and one out."""
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks,
+        module._backward_hooks, module._backward_pre_hooks,
+    )  # fmt: skip
+    return any(hooks) or "forward" in vars(module)
+
+
 class FastBlock(Block):
-    """The hub's block with its first addition done by the norm that follows."""
+    """The hub's block with its first addition done by the norm that follows.
+
+    A norm of another kind, or one that somebody watches, is called as the hub does.
+    """
 
     def forward(self, x: Tensor, layout, cache=None) -> Tensor:
         norm = self.post_attention_layernorm
-        if not isinstance(norm, FastRMSNorm):  # of another kind, or replaced since
+        if not isinstance(norm, FastRMSNorm) or _is_watched(norm):
             return super().forward(x, layout, cache)
         mixed = self.self_attn(self.input_layernorm(x), layout, cache)
         x, normed = norm(x, residual=mixed)
@@ -148,4 +160,17 @@ def _is_plain(module: nn.Module, base: type[nn.Module]) -> bool:
 def _fast_class(kind: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
     """`FAST[base]`, or for a subclass of base a class that is both."""
     fast = FAST[base]
-    return fast if kind is base else type(f"Fast{kind.__name__}", (fast, kind), {})
+    if kind is base:
+        return fast
+
+    def reduce(module: nn.Module, protocol):  # no file has this class: it is made again
+        return _new_module, (kind, base), module.__getstate__()
+
+    body = {"__reduce_ex__": reduce}
+    return type(f"Fast{kind.__name__}", (fast, kind), body)
+
+
+def _new_module(kind: type[nn.Module], base: type[nn.Module]) -> nn.Module:
+    """One without contents, for whoever copies or unpickles."""
+    fast = _fast_class(kind, base)
+    return fast.__new__(fast)

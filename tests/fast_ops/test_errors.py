@@ -4,11 +4,15 @@ import importlib
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
 
+from minllama.architecture.data import IGNORE
 from minllama.architecture.kernels import HAS_TRITON, interpreting
 from minllama.fast_ops import (
     add_rms_norm,
     cross_entropy,
+    cross_entropy_reference,
     linear_cross_entropy,
     rms_norm,
     rope,
@@ -100,6 +104,45 @@ needs_kernels = pytest.mark.skipif(
 def test_a_target_that_does_not_exist_makes_the_loss_nan():
     targets = torch.tensor([1, 5], device=DEVICE)
     assert cross_entropy(zeros(2, 5), targets).isnan()
+
+
+LOSSES = {
+    "logits": cross_entropy,
+    "reference": cross_entropy_reference,
+    "linear": lambda x, *more, **how: linear_cross_entropy(
+        x, torch.eye(5, device=DEVICE), *more, **how
+    ),
+}
+
+
+def value_and_gradient(loss, x, *more, **how):
+    leaf = x.clone().requires_grad_()
+    value = loss(leaf.clone(), *more, **how)
+    return value, *torch.autograd.grad(value, leaf)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_loss_of_no_targets_is_what_pytorch_says(name, z_loss, reduction):
+    """A mean of nothing is NaN; nothing has no gradient, and a sum of nothing is 0."""
+    none = torch.full((3,), IGNORE, device=DEVICE)
+    x, how = torch.randn(3, 5, device=DEVICE), {"reduction": reduction}
+    got = value_and_gradient(LOSSES[name], x, none, z_loss=z_loss, **how)
+    expected = value_and_gradient(F.cross_entropy, x, none, **how)
+    assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("value", [torch.finfo(torch.float32).min, -1e31, 1e30])
+def test_logits_may_lie_at_the_end_of_float32(value):
+    """A mask of the least number may cover a whole row: all words are then alike."""
+    x = torch.full((2, 5), value, device=DEVICE)
+    x[1, :2] /= 2
+    targets = torch.tensor([1, 0 if value < 0 else 4], device=DEVICE)
+    got = value_and_gradient(cross_entropy, x, targets)
+    assert_close(got, value_and_gradient(F.cross_entropy, x, targets))
 
 
 @needs_kernels

@@ -124,6 +124,28 @@ def test_a_first_key_without_a_last_is_a_cut_triangle():
         assert_close(ours, true, **CLOSE)
 
 
+@pytest.mark.parametrize("far", [2**31 - 1, 2**31, 2**33, 2**63 - 1])
+def test_ends_may_be_any_integer_of_64_bits(far: int):
+    """What lies beyond all keys lies there, however far, on either side."""
+    inputs, S = draw(T=7, S=20), 20
+    sides = {"all": (-far, far), "none": (far, far), "none either": (-far, -far)}
+    near = {"all": (0, S - 1), "none": (S, S - 1), "none either": (0, -1)}
+    for case in sides:
+        got, expected = (
+            flash_attention(
+                *inputs, *(torch.full((1, 7), end, device=DEVICE) for end in pair)
+            )
+            for pair in (sides[case], near[case])
+        )
+        assert torch.equal(got, expected), case
+        do = torch.ones_like(got)
+        for a, b in zip(
+            torch.autograd.grad(got, inputs, do),
+            torch.autograd.grad(expected, inputs, do),
+        ):
+            assert torch.equal(a, b), case
+
+
 def test_any_interval_even_none():
     """In no order, past the end, before the start, and queries that see nothing."""
     first = torch.randint(-5, 90, (2, 70), device=DEVICE)

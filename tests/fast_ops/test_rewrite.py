@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from minllama.architecture.layout import packed
 from minllama.architecture.model import Block, FeedForward, MinimalLlama, RMSNorm
 from minllama.architecture.surgery import replace_modules
 from minllama.architecture.train import next_token_loss
-from minllama.fast_ops import fast_loss, fast_ops_report, use_fast_ops
+from minllama.fast_ops import fast_loss, fast_ops_report, rewrite, use_fast_ops
 from tests.conftest import DEVICE, make_model, random_tokens, tiny_config, widen
 
 pytestmark = pytest.mark.skipif(
@@ -174,6 +175,38 @@ def test_hooks_stay():
     assert not torch.equal(model(tokens), model(tokens))
 
 
+def watch(module: nn.Module, how: str, seen: list) -> None:
+    """Put something on a norm that sees what goes in and what comes out."""
+    if how == "hook":
+        module.register_forward_hook(lambda _, x, y: seen.append((x[0], y)))
+        module.register_forward_hook(lambda _, x, y: 0.5 * y)
+    elif how == "pre-hook":
+        module.register_forward_pre_hook(lambda _, x: seen.append(x))
+    elif how == "backward hook":
+        module.register_full_backward_hook(lambda _, dx, dy: seen.append((*dx, *dy)))
+    elif how == "backward pre-hook":
+        module.register_full_backward_pre_hook(lambda _, dy: seen.append(dy))
+    else:
+        run = module.forward
+        module.forward = lambda x: seen.append((x, y := run(x))) or y
+
+
+@pytest.mark.parametrize(
+    "how", ["hook", "pre-hook", "backward hook", "backward pre-hook", "forward"]
+)
+def test_who_watches_a_norm_sees_what_it_saw(how):
+    """The addition before a norm is not done by one that somebody looks at."""
+    model, tokens, runs = make_model("llama"), random_tokens(2, 9), []
+    plain = copy.deepcopy(model)
+    for one in (plain, use_fast_ops(model)):
+        watch(one.layers[0].post_attention_layernorm, how, seen := [])
+        logits = one(tokens)
+        logits.square().mean().backward()
+        runs.append((logits, *seen))
+    for a, b in zip(*runs, strict=True):
+        assert_close(a, b, **CLOSE)
+
+
 def test_activation_checkpointing_gives_the_same_gradients():
     model, batch = use_fast_ops(make_model("llama")), make_batch()
     fast_loss(model, batch).backward()
@@ -227,6 +260,20 @@ def test_copies_and_checkpoints_come_back(tmp_path):
     model.save_pretrained(tmp_path)
     again = MinimalLlama.from_pretrained(tmp_path, device=DEVICE)
     assert_close(again(tokens), model(tokens), **CLOSE)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gated"])
+def test_a_pickled_model_comes_back(family):
+    """In another process, too, where nothing was rewritten yet."""
+    model, tokens = use_fast_ops(make_model(family)), random_tokens(1, 5)
+    kinds = [type(module).__name__ for module in model.modules()]
+    stored = pickle.dumps(model)
+    rewrite._fast_class.cache_clear()
+    again = pickle.loads(stored)
+    assert [type(module).__name__ for module in again.modules()] == kinds
+    assert torch.equal(again(tokens), model(tokens))
+    assert fast_ops_report(again) == fast_ops_report(model)
+    assert type(pickle.loads(pickle.dumps(again.layers[0]))) is type(again.layers[0])
 
 
 def test_a_model_without_anything_to_fuse_is_refused():
