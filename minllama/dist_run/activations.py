@@ -85,10 +85,12 @@ class Recompute:
         self.block, self.policy = block, policy
 
     def __call__(self, x: Tensor, layout: Layout, cache=None) -> Tensor:
-        forward = type(self.block).forward.__get__(self.block)
+        # not bound to the block: torch.compile would look that up as block.forward,
+        # and find itself
+        forward = type(self.block).forward
         if cache is not None or not torch.is_grad_enabled():
-            return forward(x, layout, cache)
+            return forward(self.block, x, layout, cache)
+        kind: dict = {"use_reentrant": False}
         if self.policy == "selective":
-            keep = partial(create_selective_checkpoint_contexts, KEPT)
-            return checkpoint(forward, x, layout, use_reentrant=False, context_fn=keep)
-        return checkpoint(forward, x, layout, use_reentrant=False)
+            kind["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
+        return checkpoint(forward, self.block, x, layout, **kind)

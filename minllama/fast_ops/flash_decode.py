@@ -139,8 +139,8 @@ def decode_sizes(q: Tensor, K: int, S: int) -> dict[str, int]:
 
     Measured on an H200: one program a multiprocessor, and tiles of 32 KiB of which two
     are on their way, read as fast as a copy at batch 8. More programs read no faster,
-    and leave more to combine. Narrow heads of one text are read a little sooner by two
-    programs of half the tile (23.3 for 23.7 us). A taller tile has room for fewer keys.
+    and leave more to combine. Narrow heads of one text were read a little sooner by two
+    programs of half the tile. A taller tile has room for fewer keys.
     """
     (B, T, H, d), small = q.shape, q.dtype != torch.float32
     rows = max(16, next_power_of_2(T * (H // K)))

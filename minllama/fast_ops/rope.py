@@ -5,8 +5,8 @@
 Pairs are (i, i + d/2). A program takes a token, fetches its angles once and turns all
 heads of q and of k by them: 2 values moved per element, and one launch where
 PyTorch needs about ten. Backward is the turn by the opposite angle, the same kernel.
-A program lives for 6 us, so what it does before its first load counts: row and token
-are places in the grid, since to divide one number by T took a tenth of the time.
+Row and token are places in the grid, so that no program has to divide by T before it
+can load.
 
 The result is new memory. Turning in place moves as many bytes and would save a copy of
 q and k, but must not be done to a gradient that another path shares; and q and k before

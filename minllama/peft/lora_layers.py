@@ -35,6 +35,11 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
          "_backward_pre_hooks", "forward")  # fmt: skip
 
 
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether somebody may keep what the layer returns, or replaced its forward."""
+    return any(layer.__dict__.get(name) for name in HOOKS)
+
+
 def is_bare(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     """Whether it is a linear layer of (n, in) whose output nobody else looks at."""
     watched = any(vars(layer).get(name) for name in HOOKS)

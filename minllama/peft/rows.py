@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from minllama.peft.adapter import Adapter, Spec, adapters, specs
 from minllama.peft.attach import wrap
 from minllama.peft.base import float_weight, innermost
-from minllama.peft.lora_layers import LoRALinear, is_bare
+from minllama.peft.lora_layers import LoRALinear, has_hooks, is_bare
 from minllama.peft.rows_kernel import FEW, rows_down, rows_up
 from minllama.peft.targets import outer_modules
 
@@ -61,7 +61,7 @@ class Siblings:
         """Base and change of one layer, of few tokens: made for all of them at once."""
 
         def make(low: Tensor) -> list[Tensor]:
-            ys = [one.base(x) for one in self.layers]
+            ys = [one.answer(x) for one in self.layers]
             return rows_up(ys, low, [one.up(x) for one in self.layers])
 
         return self._once(x, layer, make)
@@ -108,6 +108,11 @@ class RowLoRALinear(Adapter):
         assert self.row_b is not None
         return self.row_b.to(x.dtype)
 
+    def answer(self, x: Tensor) -> Tensor:
+        """What the base says, to be added to in place: a copy if it is watched."""
+        y = self.base(x)
+        return y.clone() if has_hooks(self.base) else y
+
     def forward(self, x: Tensor) -> Tensor:
         if self.row_b is None or self.strength == 0:
             return self.base(x)
@@ -122,7 +127,7 @@ class RowLoRALinear(Adapter):
         if torch.is_grad_enabled():
             return torch.baddbmm(self.base(x), low, self.up(x))
         if not is_bare(self.base, x) or self.base.bias is not None:
-            return self.base(x).baddbmm_(low, self.up(x))
+            return self.answer(x).baddbmm_(low, self.up(x))
         y = torch.bmm(low, self.up(x))  # first: so it is written once, and the heavy
         y.flatten(0, 1).addmm_(x.flatten(0, 1), self.base.weight.t())  # product adds it
         return y

@@ -323,6 +323,24 @@ def test_full_checkpointing_keeps_less_and_can_be_undone():
     assert saved_bytes(keep_activations(model), batch) == before
 
 
+@pytest.mark.filterwarnings("ignore")  # of PyTorch about itself, where it traces
+@pytest.mark.parametrize("policy", ["full", "selective"])
+def test_compiled_blocks_may_be_checkpointed(policy):
+    """Also where a graph ends inside of a block: it must not find itself there."""
+    model, batch = make_model("llama"), rungs.one_batch()
+
+    def gradients():
+        model.zero_grad()
+        next_token_loss(model, batch).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    expected = gradients()
+    checkpoint_activations(model, policy)
+    for block in model.layers:
+        block.forward = torch.compile(block.forward, backend="aot_eager")
+    torch.testing.assert_close(gradients(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_copy_of_a_checkpointed_model_runs_its_own_blocks():
     model = checkpoint_activations(make_model("llama"))
     copied = copy.deepcopy(model)

@@ -32,26 +32,12 @@ from tests.peft.library import (
     C,
     load_ours,
     load_theirs,
-    make_base,
     our_logits,
     quiet_add,
     quiet_load,
     quiet_save,
     their_logits,
 )
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    made = {}
-
-    def base(family, tied):
-        if (family, tied) not in made:
-            folder = tmp_path_factory.mktemp("base")
-            made[family, tied] = make_base(folder, family, tied)
-        return made[family, tied]
-
-    return base
 
 
 def shake(model) -> None:

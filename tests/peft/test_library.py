@@ -11,7 +11,6 @@ from tests.peft.library import (
     METHODS,
     load_ours,
     load_theirs,
-    make_base,
     make_exact,
     our_logits,
     quiet_add,
@@ -32,19 +31,6 @@ class ExactSoftmax:
     @staticmethod
     def softmax(x, dim, dtype=None):
         return F.softmax(x, dim=dim)
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    made = {}
-
-    def base(family, tied):
-        if (family, tied) not in made:
-            folder = tmp_path_factory.mktemp("base")
-            made[family, tied] = make_base(folder, family, tied)
-        return made[family, tied]
-
-    return base
 
 
 def make_pair(name, bases, tmp_path) -> tuple[nn.Module, nn.Module]:

@@ -439,6 +439,19 @@ def test_a_step_of_rows_is_one_graph():
     assert backend.graphs == 1
 
 
+@pytest.mark.parametrize("T", [1, 9])
+def test_who_watches_the_base_of_mixed_rows_sees_its_own_output(T):
+    model, tokens = two(), random_tokens(2, T)
+    set_rows(mix_adapters(model), ["anna", "bob"])
+    base, seen = model.layers[0].self_attn.k_proj.base, []
+    with torch.no_grad():
+        expected = model(tokens)
+        base.register_forward_hook(lambda m, args, y: seen.append((args[0], y)))
+        assert_close(model(tokens), expected, rtol=0, atol=1e-12)
+        ((x, y),) = seen
+        assert torch.equal(y, x @ base.weight.t())
+
+
 def test_rows_of_adapters_in_another_dtype_than_the_model():
     model, tokens = make_model("llama").bfloat16(), random_tokens(2, 9)
     for name in ("anna", "bob"):
