@@ -8,8 +8,9 @@ logsumexp of its scores; the answers are then averaged with the weights 2 ** lse
     o = sum_i w_i o_i        w_i = 2 ** lse_i / sum_j 2 ** lse_j
 
 The query heads that share a key head are rows of one tile, so each key is read once.
-The share is found on the GPU from `last`, so rows of any length are split evenly, no
-number ever travels to the host, and the step can be captured as a graph.
+The programs of a head take tiles of keys in turn, as cards are dealt, up to `last`,
+which is read on the GPU: so rows of any length are split evenly, no number ever travels
+to the host, and the step can be captured as a graph.
 Source: Dao, Haziza, Massa and Sizov 2023, "Flash-Decoding for long-context inference".
 """
 
@@ -66,11 +67,25 @@ def _load_keys(
 
 
 @triton.jit
+def _seen_by_one(interval, b, S, INTERVAL: tl.constexpr):
+    """Of one new token: the first key that it sees, and the one after its last."""
+    begin, end, b = 0, S, tl.cast(b, tl.int64)
+    if INTERVAL:
+        first_ptr, last_ptr, first_b, _, last_b, _ = interval
+        last = tl.load(last_ptr + b * last_b)
+        end = tl.minimum(tl.maximum(last, -1), S - 1).to(tl.int32) + 1
+        if INTERVAL == 2:
+            first = tl.load(first_ptr + b * first_b)
+            begin = tl.minimum(tl.maximum(first, 0), S).to(tl.int32)
+    return begin, end
+
+
+@triton.jit
 def _decode_split(
     q, k, v, o_part, lse_part, interval, pages, T, S, scale,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
-    INTERVAL: tl.constexpr,
+    INTERVAL: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     split, splits, heads = tl.program_id(0), tl.num_programs(0), H // GROUP
     b, h = tl.program_id(1) // heads, tl.program_id(1) % heads
@@ -83,21 +98,23 @@ def _decode_split(
     queries = tl.load(base + at[:, None] + column[None, :], inside, 0.0)
     if UPCAST:
         queries = queries.to(tl.float32)
-    bounds = seen_keys(interval, b, query, T, S, INTERVAL)
-    first, last, begin, _, _, end = bounds
-    share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), splits) * BLOCK_N
-    begin += split * share
-    end = tl.minimum(begin + share, end)
+    if ONE:
+        begin, end = _seen_by_one(interval, b, S, INTERVAL)  # type: ignore[misc]
+    else:
+        bounds = seen_keys(interval, b, query, T, S, INTERVAL)
+        first, last, begin, _, _, end = bounds
     o_tile = tl.zeros([ROWS, BLOCK_D], tl.float32)
     top = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    for n in range(begin, end, BLOCK_N):
+    for n in range(begin + split * BLOCK_N, end, splits * BLOCK_N):
         key = n + tl.arange(0, BLOCK_N)
         keys = _load_keys(k, pages, b, h, key, end, D, BLOCK_D, PAGE)
         values = _load_keys(v, pages, b, h, key, end, D, BLOCK_D, PAGE)
         scores = tl.dot(queries, keys.T, input_precision="ieee") * (scale * LOG2E)
-        seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
-        scores = tl.where(seen & (key < end)[None, :], scores, float("-inf"))
+        seen = (key < end)[None, :]
+        if not ONE:
+            seen &= (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         p = tl.exp2(scores - new_top[:, None])
         shrink = tl.exp2(top - new_top)
@@ -188,7 +205,7 @@ def _decode(
         o_part, lse_part, interval,
         None if pages is None else (pages, pages.stride(0)), T, S, scale,
         H=H, GROUP=H // K, D=d, BLOCK_D=block_d,
-        PAGE=page, INTERVAL=mode, **sizes,
+        PAGE=page, INTERVAL=mode, ONE=T == 1, **sizes,
     )  # fmt: skip
     launch(
         _decode_combine, (B * H * T,), pointers(o), o_part, lse_part, T, splits,

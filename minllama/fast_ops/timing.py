@@ -3,6 +3,8 @@
 On a GPU each run is captured in a CUDA graph (no launches are timed), the cache is
 flushed by writing half a gigabyte before each replay, and events around the replay give
 the time; the median of the repeats counts. What cannot be captured is timed as it is.
+Replays of a twentieth of a second go before: while a kernel compiles the GPU idles, and
+an H200 then ran the next few kernels up to a tenth slower.
 On a CPU it is the wall clock, and the numbers say little about a GPU.
 """
 
@@ -11,6 +13,8 @@ import time
 from collections.abc import Callable
 
 import torch
+
+WARM_UP = 0.05  # seconds
 
 
 def seconds(
@@ -36,17 +40,22 @@ def seconds(
         return statistics.median(_wall(run, prepare) for _ in range(repeats))
     go = _captured(run, prepare) if capture else run
     flush = torch.empty(2**29, dtype=torch.int8, device=device)
-    times = []
-    for turn in range(repeats + 2):
+
+    def once() -> float:
         prepare()
-        flush.fill_(turn)
+        flush.fill_(1)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         go()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times[2:])
+        return start.elapsed_time(end) / 1e3
+
+    once()
+    awake = time.perf_counter() + WARM_UP
+    while time.perf_counter() < awake:
+        once()
+    return statistics.median(once() for _ in range(repeats))
 
 
 def _wall(run: Callable[[], object], prepare: Callable[[], object]) -> float:

@@ -101,7 +101,8 @@ OPS = {
     ),
     "rope": Op(
         rope, rope_reference, heads, {"_rope"},
-        [(1, 1, 1, 1, 2), (2, 7, 3, 1, 12), (1, 5, 4, 2, 80), (3, 1, 2, 2, 96)],
+        [(1, 1, 1, 1, 2), (2, 7, 3, 1, 12), (1, 5, 4, 2, 80), (3, 1, 2, 2, 96),
+         (2, 3, 5, 3, 64)],
     ),
     "softmax": Op(
         softmax, softmax_reference, lambda *s: [randn(*s)],
