@@ -150,7 +150,9 @@ def run_cross_entropy(
 ) -> None:  # fmt: skip
     """Losses of (N, V) logits times `scale`; `gradient` writes over the logits."""
     N, V = logits.shape
-    lanes, warps = (2048, 32) if V >= 8192 else (128, 4)  # 2 or 1 a thread
+    lanes, warps = 128, 4
+    if V >= 8192:  # who writes wants few large programs: their rows stay in the cache
+        lanes, warps = (2048, 32) if gradient else (512, 8)
     launch(
         _cross_entropy, (N,), logits, targets, losses, scale, N, V, logits.stride(0),
         ignore_index, smoothing, z_loss, GRADIENT=gradient, SMOOTH=smoothing > 0,

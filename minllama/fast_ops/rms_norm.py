@@ -60,7 +60,8 @@ def _rms_norm_forward(
     col = tl.arange(0, BLOCK)[None, :]
     inside = (row < n_rows) & (col < D)
     x = tl.load(x_ptr + row * x_stride + col, mask=inside, other=0.0).to(tl.float32)
-    w = tl.load(w_ptr + col, mask=col < D, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + col, mask=col < D, other=0.0, eviction_policy="evict_last")
+    w = w.to(tl.float32)  # the same for all programs: worth its place in the cache
     if ADD:
         r = tl.load(r_ptr + row * r_stride + col, mask=inside, other=0.0)
         total = (x + r.to(tl.float32)).to(s_ptr.dtype.element_ty)

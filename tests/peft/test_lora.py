@@ -453,19 +453,22 @@ def test_who_watches_the_base_of_mixed_rows_sees_its_own_output(T):
 
 
 def test_rows_of_adapters_in_another_dtype_than_the_model():
+    """As far from the float32 model as a model with one adapter: rounding, no more."""
     model, tokens = make_model("llama").bfloat16(), random_tokens(2, 9)
     for name in ("anna", "bob"):
         add_lora(model, 4, 8, "all-linear", name=name, dtype=torch.float32)
         shake(model).requires_grad_(False)
-    alone_anna = set_adapter(model, "anna")(tokens[:1])
+    exact = set_adapter(copy.deepcopy(model).float(), "anna")(tokens[:1])
+    alone = set_adapter(model, "anna")(tokens[:1])
     set_rows(mix_adapters(model), ["anna", "bob"])
     with torch.no_grad():
         mixed = model(tokens)
-        assert_close(mixed[:1].float(), alone_anna.float(), rtol=0.1, atol=0.1)
         caches = model.new_caches(2, 9)
         parts = [model(part, caches=caches) for part in tokens.split([8, 1], 1)]
     assert mixed.dtype == torch.bfloat16
-    assert_close(torch.cat(parts, 1).float(), mixed.float(), rtol=0.1, atol=0.1)
+    rounding = (alone.float() - exact).norm()
+    for y in (mixed, torch.cat(parts, 1)):
+        assert (y[:1].float() - exact).norm() < 2 * rounding < 0.2 * exact.norm()
 
 
 def test_rows_launch_few_operations():
