@@ -12,7 +12,7 @@ to m', all that was summed was too large by exp(m - m'), so it is scaled:
 Each lane of a program keeps its own m and s, and the lanes are combined by the same
 rule at the end. A lane takes 8 values in one step, so that 9 exponentials do what 16
 did: in bfloat16 they, and not the memory, had set the pace (78 % of a copy at 32,768
-columns, now 95). Flash attention is this rule with a matrix product in it. Arithmetic
+columns, now 94). Flash attention is this rule with a matrix product in it. Arithmetic
 is float32.
 Paper: Milakov and Gimelshein 2018, arXiv:1805.02867.
 """
