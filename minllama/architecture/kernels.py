@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_CONFIGS = 16  # of one kernel: each is compiled once and timed for a tenth second
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -113,7 +112,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args, **meta) -> None:
     """
     if 0 in grid:
         return
-    name = getattr(kernel, "__name__", None) or kernel.fn.__name__
+    name = kernel_name(kernel)
     device = next(x.device for x in args if isinstance(x, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current one
@@ -121,6 +120,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args, **meta) -> None:
     else:
         compiled[name] = kernel[grid](*args, **meta)
     launches[name] += 1
+
+
+def kernel_name(kernel: Any) -> str:
+    """Of the function that is the kernel."""
+    return getattr(kernel, "__name__", None) or kernel.fn.__name__
 
 
 def cdiv(n: int, size: int) -> int:
@@ -166,26 +170,3 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 3
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def autotune(configs: Sequence[Any], key: Sequence[str], **options) -> Callable:
-    """`triton.autotune`, bounded and cached, that also works in the interpreter.
-
-    The winner of each `key` is kept on disk beside the compiled kernels. While
-    interpreting, or without a GPU, the first config is taken: let it be the one that is
-    right everywhere, with the reason of its sizes written beside it.
-
-    Winners are found by time, so two runs may choose differently, and round
-    differently: fix one config where bits must repeat.
-
-    Raises:
-        ValueError: more than `MAX_CONFIGS` configs; each costs every user a compile.
-    """
-    if len(configs) > MAX_CONFIGS:
-        raise ValueError(
-            f"{len(configs)} configs are more than {MAX_CONFIGS}; leave out those that "
-            "never won."
-        )
-    kept = list(configs[:1] if _INTERPRET else configs)
-    cached = {"cache_results": len(kept) > 1, **options}
-    return triton.autotune(configs=kept, key=list(key), **cached)

@@ -1,10 +1,12 @@
 """How near an operator is to the limit of this machine: its memory, or its products.
 
     python -m minllama.fast_ops.bench rms_norm [softmax …] [--dtype float32] [--small]
+    python -m minllama.fast_ops.bench rms_norm --tune
 
 Time of forward, and of forward and backward, beside the reference's; bytes per second
 and their share of a large copy's, or FLOPs and their share of a large product's;
-registers and spilled bytes a thread of each kernel.
+registers and spilled bytes a thread of each kernel. With --tune, times of other sizes
+of its blocks; the best are kept for this GPU (see `minllama.architecture.tuning`).
 
 On a CPU only the reference is timed, because no kernel runs there; give --small, or
 wait for minutes. With TRITON_INTERPRET=1 the kernel runs in Python, and its time says
@@ -22,6 +24,7 @@ from torch import Tensor
 from minllama.architecture.accounting import matmul_rate
 from minllama.architecture.kernels import compiled, interpreting
 from minllama.architecture.rope import Rope
+from minllama.architecture.tuning import gpu_name, keep, tune
 from minllama.fast_ops import (
     add_rms_norm,
     add_rms_norm_reference,
@@ -222,13 +225,7 @@ def measure(case: Case, op: Callable, limit: float, repeats: int = 20) -> list[d
         limit: in the case's unit per second: of a copy, or of a product.
         repeats: of which the median counts.
     """
-    device, rows = case.inputs[0].device, []
-    source = case.inputs[0].detach().clone() if case.in_place else None
-
-    def restore() -> None:
-        if source is not None:
-            case.inputs[0].detach().copy_(source)
-
+    device, rows, restore = case.inputs[0].device, [], restorer(case)
     for name, run in case.runs(op).items():
         work = case.work[name]
         time = seconds(run, device, repeats, case.captured, restore)
@@ -238,6 +235,37 @@ def measure(case: Case, op: Callable, limit: float, repeats: int = 20) -> list[d
             rate: work / time / scale, share: work / time / limit,
         })  # fmt: skip
     return rows
+
+
+def restorer(case: Case) -> Callable[[], None]:
+    """What brings back inputs that were written over."""
+    source = case.inputs[0].detach().clone() if case.in_place else None
+
+    def restore() -> None:
+        if source is not None:
+            case.inputs[0].detach().copy_(source)
+
+    return restore
+
+
+def tune_case(case: Case) -> list[str]:
+    """Other sizes of this operator's blocks: a line for each, the best ones kept."""
+    device, restore = case.inputs[0].device, restorer(case)
+
+    def time(run: Callable[[], object]) -> float:
+        return seconds(run, device, 10, case.captured, restore)
+
+    rows = tune(list(case.runs(case.fast).values()), time)
+    lines = []
+    for row in rows:
+        sizes = " ".join(f"{name}={size}" for name, size in row["sizes"].items())
+        notes = [note for note in ("written", "best") if row[note]]
+        name, us = " ".join(map(str, row["name"])), row["seconds"] * 1e6
+        shown = f"{us:9.1f} us" if us < float("inf") else "does not run"
+        lines.append(f"{name}: {sizes:50} {shown} {', '.join(notes)}".rstrip())
+    if gpu_name(device):
+        lines.append(f"kept in {keep(rows, gpu_name(device))}")
+    return lines
 
 
 def find_limit(unit: str, device: str, dtype: torch.dtype) -> float:
@@ -278,15 +306,21 @@ def main() -> None:
     parser.add_argument("ops", nargs="+", choices=cases)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--small", action="store_true", help="sizes for a CPU: seconds")
+    parser.add_argument("--tune", action="store_true", help="try other block sizes")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, options.dtype)
     if device == "cpu" and not interpreting():
+        if options.tune:
+            parser.error("--tune: no kernel runs on a CPU; use a machine with a GPU")
         print("no kernel runs on a CPU: the references alone (--small takes seconds)")
     limits: dict[str, float] = {}
     for name in options.ops:
         make, full, small = cases[name]
         case = make(*(small if options.small else full), device=device, dtype=dtype)
+        if options.tune:
+            print("\n".join(tune_case(case)))
+            continue
         if case.unit not in limits:
             limits[case.unit] = find_limit(case.unit, device, dtype)
         for who, op in contestants(case, device).items():

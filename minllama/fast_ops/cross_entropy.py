@@ -24,11 +24,13 @@ from minllama.architecture.data import IGNORE
 from minllama.architecture.kernels import (
     cdiv,
     launch,
+    next_power_of_2,
     operator,
     takes_kernel,
     tl,
     triton,
 )
+from minllama.architecture.tuning import tuned
 
 REDUCTIONS = ("mean", "sum")
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
@@ -150,13 +152,15 @@ def run_cross_entropy(
 ) -> None:  # fmt: skip
     """Losses of (N, V) logits times `scale`; `gradient` writes over the logits."""
     N, V = logits.shape
-    lanes, warps = 128, 4
+    sizes = {"LANES": 128, "num_warps": 4}
     if V >= 8192:  # who writes wants few large programs: their rows stay in the cache
-        lanes, warps = (2048, 32) if gradient else (512, 8)
+        sizes = {"LANES": 2048, "num_warps": 32}
+        sizes = sizes if gradient else {"LANES": 512, "num_warps": 8}
+    key = (next_power_of_2(V), logits.element_size(), gradient)
     launch(
         _cross_entropy, (N,), logits, targets, losses, scale, N, V, logits.stride(0),
         ignore_index, smoothing, z_loss, GRADIENT=gradient, SMOOTH=smoothing > 0,
-        LANES=lanes, num_warps=warps,
+        **tuned(_cross_entropy, key, logits.device, sizes),
     )  # fmt: skip
 
 

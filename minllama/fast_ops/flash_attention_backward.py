@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minllama.architecture.kernels import cdiv, launch, next_power_of_2, tl, triton
+from minllama.architecture.tuning import tuned
 from minllama.fast_ops.flash_attention_backward_keys import (
     _flash_backward_keys,
     query_ranges,
@@ -117,7 +118,8 @@ def flash_backward(
         "INTERVAL": mode, "ENGINE": engine,
     }  # fmt: skip
 
-    sizes = tile_sizes(q, "queries")
+    key = (block_d, q.element_size(), mode, engine)
+    sizes = tuned(_flash_backward_queries, key, q.device, tile_sizes(q, "queries"))
     m, n = sizes["BLOCK_M"], sizes["BLOCK_N"]
     launch(
         _flash_backward_queries, (cdiv(T, m) * B * H,),
@@ -126,7 +128,7 @@ def flash_backward(
         pointers(dq), lse, delta, interval, T, S, scale, **shared, **sizes,
     )  # fmt: skip
 
-    sizes = tile_sizes(q, "keys")
+    sizes = tuned(_flash_backward_keys, key, q.device, tile_sizes(q, "keys"))
     m, n = sizes["BLOCK_M"], sizes["BLOCK_N"]
     launch(
         _flash_backward_keys, (cdiv(S, n) * B * K,),

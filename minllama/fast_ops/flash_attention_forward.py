@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from minllama.architecture.kernels import cdiv, launch, next_power_of_2, tl, triton
+from minllama.architecture.tuning import tuned
 from minllama.fast_ops.flash_attention_tiles import (
     LOG2E,
     interval_of,
@@ -137,8 +138,10 @@ def flash_forward(
     o = q.new_empty(B, T, H, d)
     lse = q.new_empty(B, H, T, dtype=torch.float32)
     interval, mode = interval_of(first, last)
-    sizes, engine = tile_sizes(q, "forward"), takes_engine(q, k, v)
-    m, n, block_d = sizes["BLOCK_M"], sizes["BLOCK_N"], max(16, next_power_of_2(d))
+    engine, block_d = takes_engine(q, k, v), max(16, next_power_of_2(d))
+    key = (block_d, q.element_size(), mode, engine)
+    sizes = tuned(_flash_forward, key, q.device, tile_sizes(q, "forward"))
+    m, n = sizes["BLOCK_M"], sizes["BLOCK_N"]
     launch(
         _flash_forward, (cdiv(T, m) * B * H,),
         source(q, m, block_d, engine), source(k, n, block_d, engine),

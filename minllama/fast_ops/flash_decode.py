@@ -28,6 +28,7 @@ from minllama.architecture.kernels import (
     tl,
     triton,
 )
+from minllama.architecture.tuning import tuned
 from minllama.fast_ops.flash_attention import (
     as_autocast,
     check,
@@ -195,8 +196,11 @@ def _decode(
     S = S if pages is None else S * pages.size(1)
     q, k, v = (side_by_side(x) for x in (q, k, v))
     o = q.new_empty(B, T, H, d)
-    sizes = decode_sizes(q, K, S)
-    splits, block_d = sizes.pop("splits"), max(16, next_power_of_2(d))
+    sizes, block_d = decode_sizes(q, K, S), max(16, next_power_of_2(d))
+    rows = sizes.pop("ROWS")
+    key = (block_d, q.element_size(), rows, B * K, next_power_of_2(S))
+    sizes = tuned(_decode_split, key, q.device, sizes)
+    splits = sizes.pop("splits")
     o_part = q.new_empty(B, H, T, splits, d, dtype=torch.float32)
     lse_part = q.new_empty(B, H, T, splits, dtype=torch.float32)
     interval, mode = interval_of(first, last)
@@ -205,7 +209,7 @@ def _decode(
         o_part, lse_part, interval,
         None if pages is None else (pages, pages.stride(0)), T, S, scale,
         H=H, GROUP=H // K, D=d, BLOCK_D=block_d,
-        PAGE=page, INTERVAL=mode, ONE=T == 1, **sizes,
+        ROWS=rows, PAGE=page, INTERVAL=mode, ONE=T == 1, **sizes,
     )  # fmt: skip
     launch(
         _decode_combine, (B * H * T,), pointers(o), o_part, lse_part, T, splits,

@@ -31,6 +31,7 @@ from minllama.architecture.kernels import (
     tl,
     triton,
 )
+from minllama.architecture.tuning import tuned
 
 HELD = 8192  # values in the backward programs of a multiprocessor: 2 rows of 4096
 MAX_WIDTH = 32768  # a row in registers: 32 float32 a thread of the largest program
@@ -120,16 +121,20 @@ def sizes(D: int) -> dict[str, int]:
     """Rows a program and its warps: 16 values a thread, two wide loads of bfloat16."""
     block = next_power_of_2(D)
     rows = max(1, 2048 // block)
-    return {"ROWS": rows, "BLOCK": block, "num_warps": min(rows * block // 512, 32)}
+    return {"ROWS": rows, "num_warps": min(rows * block // 512, 32)}
 
 
-def stages(row_bytes: int) -> int:
-    """Of the backward loop: two rows on their way if 64 KiB of shared memory hold them.
+def backward_sizes(D: int, value_bytes: int) -> dict[str, int]:
+    """As forward; programs a multiprocessor, and stages of their loop.
 
-    Measured on an H200, 16384 x 4096 bfloat16, forward and backward: three stages 175
-    us, two 202, one (no row fetched ahead) 216.
+    Two rows are on their way if 64 KiB of shared memory hold them. Measured on an H200,
+    16384 x 4096 bfloat16, forward and backward: three stages 175 us, two 202, one (no
+    row fetched ahead) 216.
     """
-    return 3 if 2 * row_bytes <= 2**16 else 2 if row_bytes <= 2**16 else 1
+    common = sizes(D)
+    held = common["ROWS"] * next_power_of_2(D)
+    ahead = min(2**16 // (held * value_bytes), 2)
+    return {**common, "PROGRAMS": max(1, HELD // held), "STAGES": 1 + ahead}
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -147,11 +152,13 @@ def _forward(
     total = y if residual is None else torch.empty_like(y)
     x2 = _rows(x)
     r2 = x2 if residual is None else _rows(residual)
-    meta = sizes(D)
+    block, adds = next_power_of_2(D), residual is not None
+    key = (block, x.element_size(), adds)
+    meta = tuned(_rms_norm_forward, key, x.device, sizes(D))
     launch(
         _rms_norm_forward, (cdiv(x2.size(0), meta["ROWS"]),),
         x2, r2, weight.contiguous(), total, y, x2.size(0), D, x2.stride(0),
-        r2.stride(0), eps, ADD=residual is not None, **meta,
+        r2.stride(0), eps, ADD=adds, BLOCK=block, **meta,
     )  # fmt: skip
     return total, y
 
@@ -162,17 +169,19 @@ def _backward(
     D, dx = x.size(-1), x.new_empty(x.shape)
     x2, dy2 = _rows(x), _rows(dy)
     ds2 = dy2 if ds is None else _rows(ds)
-    meta = sizes(D)
-    held = meta["ROWS"] * meta["BLOCK"]
-    row_bytes = held * x.element_size() * (2 if ds is None else 3)
-    per = max(1, HELD // held)
+    block, value_bytes = next_power_of_2(D), x.element_size() * (2 if ds is None else 3)
+    meta = tuned(
+        _rms_norm_backward, (block, value_bytes), x.device,
+        backward_sizes(D, value_bytes),
+    )  # fmt: skip
+    per = meta.pop("PROGRAMS")
     n = min(cdiv(x2.size(0), meta["ROWS"]), per * processors(x.device))
     shape = (n if need_dw else 0, D)
     part = x.new_empty(shape, dtype=torch.float32)
     launch(
         _rms_norm_backward, (n,), dy2, ds2, x2, weight.contiguous(), dx, part,
         x2.size(0), D, dy2.stride(0), ds2.stride(0), x2.stride(0), eps,
-        ADD=ds is not None, WEIGHT=need_dw, STAGES=stages(row_bytes), **meta,
+        ADD=ds is not None, WEIGHT=need_dw, BLOCK=block, **meta,
     )  # fmt: skip
     if not need_dw:
         return dx, weight.new_empty(0)

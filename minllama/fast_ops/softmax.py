@@ -29,6 +29,7 @@ from minllama.architecture.kernels import (
     tl,
     triton,
 )
+from minllama.architecture.tuning import tuned
 
 FORWARD, BACKWARD = 16384, 32768  # longest row in registers: 32 values a thread
 PIECE = {"BLOCK": 4096, "num_warps": 8, "num_stages": 1}  # of a longer one, backward
@@ -120,7 +121,7 @@ def sizes(N: int, most: int = 32) -> dict[str, int]:
     """Rows a program and its warps: 16 values a thread, two wide loads of bfloat16."""
     block = next_power_of_2(N)
     rows = max(1, 2048 // block)
-    return {"ROWS": rows, "BLOCK": block, "num_warps": min(rows * block // 512, most)}
+    return {"ROWS": rows, "num_warps": min(rows * block // 512, most)}
 
 
 def online_sizes(x: Tensor) -> dict[str, int]:
@@ -134,10 +135,6 @@ def online_sizes(x: Tensor) -> dict[str, int]:
     return {"LANES": 4096 if long else 2048, "EACH": 8, "num_warps": warps}
 
 
-def _grid(x: Tensor) -> tuple[int]:
-    return (cdiv(x.size(0), sizes(x.size(1))["ROWS"]),)
-
-
 def _rows(x: Tensor) -> Tensor:
     x = x.reshape(-1, x.size(-1))
     return x if x.stride(1) == 1 or x.size(1) == 1 else x.contiguous()
@@ -147,14 +144,16 @@ def _rows(x: Tensor) -> Tensor:
 def softmax_forward(x: Tensor) -> Tensor:
     """Softmax over the last dimension."""
     y, N, x2 = x.new_empty(x.shape), x.size(-1), _rows(x)
+    rows, block = x2.size(0), next_power_of_2(N)
+    key = (block, x.element_size())
     if N > FORWARD:
-        launch(
-            _softmax_forward_online, (x2.size(0),), x2, y, N, x2.stride(0),
-            **online_sizes(x2),
-        )  # fmt: skip
+        meta = tuned(_softmax_forward_online, key, x.device, online_sizes(x2))
+        launch(_softmax_forward_online, (rows,), x2, y, N, x2.stride(0), **meta)
     else:
+        meta = tuned(_softmax_forward, key, x.device, sizes(N))
         launch(
-            _softmax_forward, _grid(x2), x2, y, x2.size(0), N, x2.stride(0), **sizes(N)
+            _softmax_forward, (cdiv(rows, meta["ROWS"]),), x2, y, rows, N,
+            x2.stride(0), BLOCK=block, **meta,
         )  # fmt: skip
     return y
 
@@ -164,15 +163,16 @@ def softmax_backward(dy: Tensor, y: Tensor) -> Tensor:
     """Gradient of the input, from the contiguous output and its gradient."""
     dx, N, dy2 = y.new_empty(y.shape), y.size(-1), _rows(dy)
     y = y.contiguous()
+    rows, block = dy2.size(0), next_power_of_2(N)
+    key = (block, y.element_size())
     if N > BACKWARD:
+        meta = tuned(_softmax_backward_long, key, y.device, PIECE)
+        launch(_softmax_backward_long, (rows,), dy2, y, dx, N, dy2.stride(0), **meta)
+    else:  # 32 warps have 64 registers a thread: too few
+        meta = tuned(_softmax_backward, key, y.device, sizes(N, most=16))
         launch(
-            _softmax_backward_long, (dy2.size(0),), dy2, y, dx, N, dy2.stride(0),
-            **PIECE,
-        )  # fmt: skip
-    else:
-        launch(
-            _softmax_backward, _grid(dy2), dy2, y, dx, dy2.size(0), N,
-            dy2.stride(0), **sizes(N, most=16),  # 32 warps have 64 registers: too few
+            _softmax_backward, (cdiv(rows, meta["ROWS"]),), dy2, y, dx, rows, N,
+            dy2.stride(0), BLOCK=block, **meta,
         )  # fmt: skip
     return dx
 

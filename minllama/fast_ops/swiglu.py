@@ -20,9 +20,10 @@ from minllama.architecture.kernels import (
     tl,
     triton,
 )
+from minllama.architecture.tuning import tuned
 
-WARPS = 4
-BLOCK = 1024  # 8 values, 16 bytes of bfloat16, a thread of 4 warps: one wide load each
+# 8 values, 16 bytes of bfloat16, a thread: one wide load each
+SIZES = {"BLOCK": 1024, "num_warps": 4}
 
 
 def swiglu_reference(a: Tensor, b: Tensor) -> Tensor:
@@ -56,8 +57,9 @@ def _swiglu_backward(dy_ptr, a_ptr, b_ptr, da_ptr, db_ptr, n, BLOCK: tl.constexp
 
 
 def _launch(kernel, *tensors: Tensor) -> None:
-    n = tensors[0].numel()
-    launch(kernel, (cdiv(n, BLOCK),), *tensors, n, BLOCK=BLOCK, num_warps=WARPS)
+    x = tensors[0]
+    sizes = tuned(kernel, (x.element_size(),), x.device, SIZES)
+    launch(kernel, (cdiv(x.numel(), sizes["BLOCK"]),), *tensors, x.numel(), **sizes)
 
 
 @operator(fake=lambda a, b: a.new_empty(a.shape))

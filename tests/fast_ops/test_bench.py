@@ -4,8 +4,10 @@ import sys
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from minllama import fast_ops
+from minllama.architecture import tuning
 from minllama.architecture.kernels import HAS_TRITON, interpreting, launches
 from minllama.fast_ops import bench
 from minllama.fast_ops.timing import copy_bandwidth, seconds
@@ -100,3 +102,58 @@ def test_what_is_prepared_is_not_timed():
 
 def test_a_copy_has_a_bandwidth():
     assert copy_bandwidth(DEVICE, repeats=2) > 1e8
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ALL)
+def test_other_sizes_of_blocks_change_no_result(name, monkeypatch):
+    """So `--tune` may try them. On a GPU a few do not compile, and lose."""
+    make, _, small = ALL[name]
+    case = make(*small, **KIND)
+    restore, tried = bench.restorer(case), 0
+    for run in case.runs(case.fast).values():
+        restore()
+        want = tuple_of(run())
+        restore()
+        for kernel, written in tuning._listen(run).items():
+            for sizes in tuning.neighbours(written):
+                monkeypatch.setitem(tuning._trials, kernel, sizes)
+                restore()
+                try:
+                    got = tuple_of(run())
+                except Exception:
+                    assert DEVICE == "cuda", (kernel, sizes)
+                    continue
+                tried += 1
+                for x, y in zip(got, want, strict=True):
+                    assert_close(x, y, rtol=1e-4, atol=1e-5)
+            monkeypatch.delitem(tuning._trials, kernel)
+    assert tried > 2
+
+
+def tuple_of(y) -> tuple:
+    return tuple(x.clone() for x in (y if isinstance(y, tuple) else (y,)))
+
+
+@needs_kernels
+def test_the_command_tunes_and_prints_what_it_tried(capsys, monkeypatch):
+    times = iter(range(100, 0, -1))  # the later, the faster
+    monkeypatch.setattr(sys, "argv", ["bench", "rope", "--small", "--tune"])
+    monkeypatch.setattr(bench, "seconds", lambda run, *_: (run(), next(times))[1])
+    monkeypatch.setattr(bench, "gpu_name", lambda device: "Test GPU")
+    monkeypatch.setattr(bench, "keep", lambda rows, gpu: f"{gpu}: {len(rows)} rows")
+    bench.main()
+    out = capsys.readouterr().out.splitlines()
+    lines = [line for line in out if line.startswith("_rope ") and " us" in line]
+    assert len(lines) == tuning.MAX_TRIES
+    assert lines[0].endswith("written") and lines[-1].endswith("best")
+    assert out[len(lines)] == f"kept in Test GPU: {tuning.MAX_TRIES} rows"
+
+
+def test_where_no_kernel_runs_nothing_is_tuned(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bench, "interpreting", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench", "rope", "--tune"])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "use a machine with a GPU" in capsys.readouterr().err
