@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minllama.architecture.layout import Layout, packed
 from minllama.architecture.tokenizer import Tokenizer
 
 SEPARATOR = "<|endoftext|>"
@@ -35,6 +36,11 @@ class Batch:
     targets: Tensor  # (B, T) int64; IGNORE where nothing is learned
     positions: Tensor  # (B, T) int64
 
+    @property
+    def layout(self) -> Layout | None:
+        """Who sees whom."""
+        return packed(self.positions)
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
         parts = (self.tokens, self.targets, self.positions)
@@ -43,6 +49,18 @@ class Batch:
     def counted(self) -> Tensor:
         """How many targets count, as a 0-d tensor."""
         return (self.targets != IGNORE).sum()
+
+
+class SingleBatch(Batch):
+    """One document a row, from its first token on, and padding behind.
+
+    So a plain triangle will do, for which attention is fastest: what padding sees
+    changes no loss.
+    """
+
+    @property
+    def layout(self) -> None:
+        return None
 
 
 def read_documents(path: str | Path) -> list[str]:
@@ -253,7 +271,9 @@ def make_batch(rows: list[list[np.ndarray]], seq_len: int) -> Batch:
             positions[row, at:end] = np.arange(end - at)
             at = end
         positions[row, at:] = np.arange(seq_len - at)
-    return Batch(*(torch.from_numpy(part) for part in (tokens, targets, positions)))
+    parts = (torch.from_numpy(part) for part in (tokens, targets, positions))
+    alone = all(len(documents) == 1 for documents in rows)
+    return (SingleBatch if alone else Batch)(*parts)
 
 
 def _unmark(document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -122,6 +122,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *args, **meta) -> None:
     launches[name] += 1
 
 
+def first_derivative_only(op: str) -> None:
+    """Called in the backward pass of `op`, whose kernels have no derivative.
+
+    Raises:
+        RuntimeError: somebody wants one (`create_graph=True`, a Hessian).
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op}: its gradient has no derivative in turn (create_graph=True asks for "
+            f"one); call {op}_reference where you need second derivatives."
+        )
+
+
 def kernel_name(kernel: Any) -> str:
     """Of the function that is the kernel."""
     return getattr(kernel, "__name__", None) or kernel.fn.__name__

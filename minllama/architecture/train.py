@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minllama.architecture.data import IGNORE, Batch
-from minllama.architecture.layout import packed
 
 
 class Batches(Protocol):
@@ -71,7 +70,7 @@ class Run:
 
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Summed cross-entropy of a packed batch in nats, 0-d, in float32 or wider."""
-    logits = model(batch.tokens, layout=packed(batch.positions))  # (B, T, V)
+    logits = model(batch.tokens, layout=batch.layout)  # (B, T, V)
     return F.cross_entropy(
         logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
         batch.targets.flatten(),

@@ -33,7 +33,6 @@ from torch.distributed.tensor.placement_types import Placement
 
 from minllama.architecture.config import LlamaConfig
 from minllama.architecture.data import Batch
-from minllama.architecture.layout import packed
 from minllama.architecture.model import MinimalLlama
 from minllama.dist_run.parallel_loss import vocabulary_cross_entropy
 
@@ -338,5 +337,5 @@ def tensor_parallel_loss(model: nn.Module, batch: Batch) -> Tensor:
 
     Each rank takes the softmax of its words; three numbers a token are exchanged.
     """
-    logits = model(batch.tokens, layout=packed(batch.positions))
+    logits = model(batch.tokens, layout=batch.layout)
     return vocabulary_cross_entropy(logits.flatten(0, 1), batch.targets.flatten())

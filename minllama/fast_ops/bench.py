@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from minllama.architecture.accounting import matmul_rate
-from minllama.architecture.kernels import compiled, interpreting
+from minllama.architecture.kernels import DTYPES, compiled, interpreting
 from minllama.architecture.rope import Rope
 from minllama.architecture.tuning import gpu_name, keep, tune
 from minllama.fast_ops import (
@@ -304,7 +304,8 @@ def main() -> None:
     )
     cases = CASES | OTHERS
     parser.add_argument("ops", nargs="+", choices=cases)
-    parser.add_argument("--dtype", default="bfloat16")
+    kinds = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    parser.add_argument("--dtype", default="bfloat16", choices=kinds)
     parser.add_argument("--small", action="store_true", help="sizes for a CPU: seconds")
     parser.add_argument("--tune", action="store_true", help="try other block sizes")
     options = parser.parse_args()

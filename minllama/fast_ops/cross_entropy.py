@@ -23,6 +23,7 @@ from torch.autograd.graph import increment_version
 from minllama.architecture.data import IGNORE
 from minllama.architecture.kernels import (
     cdiv,
+    first_derivative_only,
     launch,
     next_power_of_2,
     operator,
@@ -50,7 +51,8 @@ def cross_entropy_reference(
     reduction: str = "mean",
 ) -> Tensor:
     """The definition. (..., V), (...) -> 0-d, in float32 or wider."""
-    x = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    x = logits.unsqueeze(0).flatten(0, -2)  # (N, V)
+    x = x.to(torch.promote_types(logits.dtype, torch.float32))
     targets = targets.flatten()
     loss = F.cross_entropy(
         x, targets, ignore_index=ignore_index, label_smoothing=label_smoothing,
@@ -225,6 +227,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss):
+        first_derivative_only("cross_entropy")
         try:
             (gradient,) = ctx.saved_tensors
         except RuntimeError as error:
@@ -267,28 +270,37 @@ def cross_entropy(
             f"cross_entropy: targets of shape {tuple(targets.shape)} do not fit logits "
             f"of shape {tuple(logits.shape)}; give (...) and (..., V)."
         )
-    check_settings("cross_entropy", targets, label_smoothing, z_loss, reduction)
+    check_settings("cross_entropy", logits, targets, label_smoothing, z_loss, reduction)
     settings = (ignore_index, label_smoothing, z_loss, reduction)
     if not takes_kernel("cross_entropy", logits):
         return cross_entropy_reference(logits, targets, *settings)
     rows = logits.reshape(-1, logits.size(-1)).contiguous()
-    targets = targets.flatten()
+    targets = targets.flatten().contiguous()
     if torch.is_grad_enabled() and logits.requires_grad:
         return _CrossEntropy.apply(rows, targets, *settings)
     return cross_entropy_forward(rows, targets, *settings)
 
 
 def check_settings(
-    op: str, targets: Tensor, smoothing: float, z_loss: float, reduction: str
-) -> None:
-    """Refuse what no loss can be made of.
+    op: str, words: Tensor, targets: Tensor, smoothing: float, z_loss: float,
+    reduction: str,
+) -> None:  # fmt: skip
+    """Refuse what no loss can be made of. `words`: logits (..., V), or head (D, V).
 
     Raises:
-        ValueError: targets that are not int64, or a setting out of range.
+        ValueError: no words to choose from, targets that are not int64 or elsewhere, or
+            a setting out of range.
     """
+    if words.size(-1) == 0:
+        raise ValueError(f"{op}: V=0 words to choose from; give logits of one or more.")
     if targets.dtype != torch.int64:
         raise ValueError(f"{op}: targets of {targets.dtype}; give ids in torch.int64.")
-    if not 0 <= smoothing < 1 or z_loss < 0:
+    if targets.device != words.device:
+        raise ValueError(
+            f"{op}: targets on {targets.device}, logits on {words.device}; move them "
+            "to one."
+        )
+    if not (0 <= smoothing < 1 and z_loss >= 0):
         raise ValueError(
             f"{op}: label_smoothing={smoothing} must be in 0..1 and z_loss={z_loss} "
             "must not be negative."

@@ -23,7 +23,11 @@ Papers: Dao et al. 2022, arXiv:2205.14135 · Dao 2023, arXiv:2307.08691.
 import torch
 from torch import Tensor
 
-from minllama.architecture.kernels import operator, takes_kernel
+from minllama.architecture.kernels import (
+    first_derivative_only,
+    operator,
+    takes_kernel,
+)
 from minllama.fast_ops.flash_attention_backward import flash_backward
 from minllama.fast_ops.flash_attention_forward import flash_forward
 
@@ -100,6 +104,7 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do):
+        first_derivative_only("flash_attention")
         q, k, v, o, lse, first, last = ctx.saved_tensors
         d = flash_attention_backward(q, k, v, o, lse, do, first, last, ctx.scale)
         return (*d, None, None, None)
@@ -113,7 +118,8 @@ def flash_attention(
 
     Args:
         q: queries; H is a multiple of K.
-        k: keys, as far as they go: a cache is cut to the keys it holds, or `last` says.
+        k: keys, as far as they go: a cache is cut to the keys it holds, or `last` says
+            (what lies behind must be finite: 0 times NaN is NaN).
         v: values.
         first: index of the first key that each query sees, (B or 1, T); None: 0.
         last: of the last one; None: the newest T of S keys are the queries' own, and
@@ -188,5 +194,5 @@ def check(
                 f"{op}: {name} is {x.dtype} on {x.device}; give whole numbers on "
                 f"{q.device}."
             )
-    if scale is not None and scale <= 0:
+    if scale is not None and not scale > 0:
         raise ValueError(f"{op}: scale={scale} is not positive; negate q instead.")

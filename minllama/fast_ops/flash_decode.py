@@ -44,6 +44,7 @@ from minllama.fast_ops.flash_attention_tiles import (
     side_by_side,
 )
 
+GRID = 65535  # programs at most along a grid's second and third dimension
 MAX_ROWS = 128  # new tokens times query heads that share a key head: one tile
 
 
@@ -86,10 +87,15 @@ def _decode_split(
     q, k, v, o_part, lse_part, interval, pages, T, S, scale,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
-    INTERVAL: tl.constexpr, ONE: tl.constexpr,
+    INTERVAL: tl.constexpr, ONE: tl.constexpr, MANY: tl.constexpr, GRID: tl.constexpr,
 ):  # fmt: skip
     split, splits, heads = tl.program_id(0), tl.num_programs(0), H // GROUP
-    b, h = tl.program_id(1) // heads, tl.program_id(1) % heads
+    at = tl.program_id(1)
+    if MANY:  # a grid's second dimension is too short for all heads of all rows
+        at += tl.program_id(2) * GRID
+        if at >= MANY:
+            return
+    b, h = at // heads, at % heads
     row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     query = row // GROUP
     head = h * GROUP + row % GROUP
@@ -193,7 +199,8 @@ def _decode(
 ) -> Tensor:  # fmt: skip
     (B, T, H, d), (S, K) = q.shape, k.shape[1:3]
     page = 0 if pages is None else S
-    S = S if pages is None else S * pages.size(1)
+    if pages is not None:
+        S, pages = S * pages.size(1), pages.contiguous()
     q, k, v = (side_by_side(x) for x in (q, k, v))
     o = q.new_empty(B, T, H, d)
     sizes, block_d = decode_sizes(q, K, S), max(16, next_power_of_2(d))
@@ -205,11 +212,12 @@ def _decode(
     lse_part = q.new_empty(B, H, T, splits, dtype=torch.float32)
     interval, mode = interval_of(first, last)
     launch(
-        _decode_split, (splits, B * K), pointers(q), pointers(k), pointers(v),
-        o_part, lse_part, interval,
+        _decode_split, (splits, min(B * K, GRID), cdiv(B * K, GRID)),
+        pointers(q), pointers(k), pointers(v), o_part, lse_part, interval,
         None if pages is None else (pages, pages.stride(0)), T, S, scale,
         H=H, GROUP=H // K, D=d, BLOCK_D=block_d,
-        ROWS=rows, PAGE=page, INTERVAL=mode, ONE=T == 1, **sizes,
+        ROWS=rows, PAGE=page, INTERVAL=mode, ONE=T == 1,
+        MANY=B * K if B * K > GRID else 0, GRID=GRID, **sizes,
     )  # fmt: skip
     launch(
         _decode_combine, (B * H * T,), pointers(o), o_part, lse_part, T, splits,
@@ -234,6 +242,18 @@ def gather_pages(x: Tensor, pages: Tensor) -> Tensor:
     return x[pages.long()].flatten(1, 2)
 
 
+def _laid_out(
+    k: Tensor, v: Tensor, pages: Tensor, last: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Pages side by side, as far as `last` says: what lies behind is not read."""
+    end = last.amax(1, keepdim=True) + 1  # (B or 1, 1)
+    page = torch.arange(pages.size(1), device=k.device) * k.size(1)
+    pages = pages.where(page < end, 0)
+    key = torch.arange(pages.size(1) * k.size(1), device=k.device)
+    unseen = (key >= end)[..., None, None]
+    return gather_pages(k, pages), gather_pages(v, pages).masked_fill(unseen, 0)
+
+
 def flash_decode_reference(
     q: Tensor, k: Tensor, v: Tensor,
     first: Tensor | None = None, last: Tensor | None = None,
@@ -241,7 +261,8 @@ def flash_decode_reference(
 ) -> Tensor:  # fmt: skip
     """The definition: pages laid side by side, then all scores."""
     if pages is not None:
-        k, v = gather_pages(k, pages), gather_pages(v, pages)
+        assert last is not None
+        k, v = _laid_out(k, v, pages, last)
     return flash_attention_reference(q, k, v, first, last, scale)
 
 
@@ -279,6 +300,11 @@ def flash_decode(
             f"flash_decode: {q.size(1)} tokens of {q.size(2) // k.size(2)} heads a key "
             f"head are more than {MAX_ROWS} rows; use flash_attention."
         )
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError(
+            "flash_decode: an input requires a gradient, and there is none; use "
+            "flash_attention, or torch.no_grad()."
+        )
     scale = q.size(-1) ** -0.5 if scale is None else scale
     if not takes_kernel("flash_decode", q, k, v):
         return flash_decode_reference(q, k, v, first, last, pages, scale)
@@ -288,10 +314,15 @@ def flash_decode(
 
 
 def _check_pages(q: Tensor, k: Tensor, pages: Tensor, last: Tensor | None) -> None:
-    if pages.dim() != 2 or pages.size(0) != q.size(0) or pages.is_floating_point():
+    whole = not pages.is_floating_point() and pages.dtype != torch.bool
+    if pages.dim() != 2 or pages.size(0) != q.size(0) or not whole:
         raise ValueError(
             f"flash_decode: pages {tuple(pages.shape)} of {pages.dtype} do not fit "
             f"{q.size(0)} rows; give whole numbers (B, pages of a row)."
+        )
+    if k.size(0) == 0:
+        raise ValueError(
+            f"flash_decode: k {tuple(k.shape)} has no page; give (n, page, K, d)."
         )
     if last is None:
         raise ValueError(

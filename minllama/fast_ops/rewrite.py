@@ -100,7 +100,8 @@ def use_fast_ops(
     """Fuse what can be fused: same outputs, same names, fewer trips to memory.
 
     Changes `model` in place and returns it, as `model.to` does; once more changes
-    nothing. What was rewritten is logged, and `fast_ops_report` says it any time.
+    nothing but `prefer`. What was rewritten is logged, and `fast_ops_report` says it
+    any time.
 
     Args:
         model: before it is sharded or compiled, after quantization and adapters (these
@@ -116,8 +117,8 @@ def use_fast_ops(
         base = _base(module)
         if base is not None and _is_plain(module, base):
             module.__class__ = _fast_class(type(module), base)
-            if base is AttentionCore:
-                vars(module)["prefer"] = settings["prefer"]
+        if isinstance(module, FlashCore):
+            vars(module)["prefer"] = settings["prefer"]
     report = fast_ops_report(model)
     if not report["fast"]:
         leaves = {name.split(".")[-1] for name, _ in model.named_modules() if name}

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from minllama.architecture.kernels import (
     cdiv,
+    first_derivative_only,
     launch,
     next_power_of_2,
     operator,
@@ -139,7 +140,7 @@ def backward_sizes(D: int, value_bytes: int) -> dict[str, int]:
 
 def _rows(x: Tensor) -> Tensor:
     """(..., D) -> (rows, D) with neighbours in memory side by side, copied if not."""
-    x = x.reshape(-1, x.size(-1))
+    x = x.reshape(x.numel() // max(x.size(-1), 1), x.size(-1))
     return x if x.stride(1) == 1 or x.size(1) == 1 else x.contiguous()
 
 
@@ -249,6 +250,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        first_derivative_only("rms_norm")
         x, weight = ctx.saved_tensors
         need_dw = ctx.needs_input_grad[1]
         dx, dw = rms_norm_backward(dy, x, weight, ctx.eps, need_dw)
@@ -265,6 +267,7 @@ class _AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, ds, dy):
+        first_derivative_only("add_rms_norm")
         total, weight = ctx.saved_tensors
         need_dw = ctx.needs_input_grad[2]
         d, dw = add_rms_norm_backward(dy, ds, total, weight, ctx.eps, need_dw)

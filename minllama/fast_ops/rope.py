@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minllama.architecture.kernels import (
     cdiv,
+    first_derivative_only,
     launch,
     next_power_of_2,
     operator,
@@ -113,7 +114,7 @@ def rope_turn(
     block, size = next_power_of_2(d // 2), q.element_size()
     sizes = tuned(_rope, (block, size), q.device, SIZES)
     h_block = min(next_power_of_2(H), max(1, sizes["HALF_BYTES"] // (block * size)))
-    parts = cdiv(H, h_block)
+    parts = max(1, cdiv(H, h_block))
     launch(
         _rope, (T * parts, min(B, GRID), cdiv(B, GRID)), q, k, cos, sin, q_out, k_out,
         B, T, *q.stride()[:3], *k.stride()[:3], T * d if cos.size(0) > 1 else 0,
@@ -132,6 +133,7 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dq, dk):
+        first_derivative_only("rope")
         cos, sin = ctx.saved_tensors
         dq, dk = rope_turn(dq, dk, cos, sin, True)
         return dq, dk, None, None
@@ -151,8 +153,9 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
             kernel does not know.
     """
     _check(q, k, cos, sin)
-    if not takes_kernel("rope", q, k, cos, sin):
-        return rope_reference(q, k, cos, sin)
+    learns = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+    if not takes_kernel("rope", q, k, cos, sin) or learns:
+        return rope_reference(q, k, cos, sin)  # it knows gradients of the angles
     return _Rope.apply(q, k, cos, sin)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from minllama.architecture.kernels import (
     cdiv,
+    first_derivative_only,
     launch,
     next_power_of_2,
     operator,
@@ -186,6 +187,7 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        first_derivative_only("softmax")
         (y,) = ctx.saved_tensors
         return softmax_backward(dy, y)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minllama.architecture.kernels import (
     cdiv,
+    first_derivative_only,
     launch,
     operator,
     takes_kernel,
@@ -87,6 +88,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        first_derivative_only("swiglu")
         return swiglu_backward(dy, *ctx.saved_tensors)
 
 

@@ -11,6 +11,7 @@ from minllama.architecture.data import (
     IGNORE,
     Batch,
     PackedBatches,
+    SingleBatch,
     best_fit,
     encode_documents,
     make_batch,
@@ -166,3 +167,15 @@ def test_sizes_that_do_not_fit_are_refused():
     state = PackedBatches(documents(5), 2, 8, seed=1).state_dict()
     with pytest.raises(ValueError, match="seed=1, these batches seed=0"):
         PackedBatches(documents(5), 2, 8).load_state_dict(state)
+
+
+def test_rows_of_one_document_are_a_triangle_with_the_same_loss():
+    docs = documents(9, 5)
+    single, both = make_batch([[d] for d in docs], 8), make_batch([docs], 16)
+    assert isinstance(single, SingleBatch) and single.layout is None
+    assert type(single.to("cpu")) is SingleBatch
+    assert not isinstance(both, SingleBatch) and both.layout is not None
+    model = MinimalLlama(tiny_config())
+    as_packed = Batch(single.tokens, single.targets, single.positions)
+    expected = next_token_loss(model, as_packed)
+    torch.testing.assert_close(next_token_loss(model, single), expected)

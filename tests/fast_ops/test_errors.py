@@ -80,6 +80,26 @@ BAD = {
         lambda: linear_cross_entropy(zeros(2, 3), zeros(5, 4), IDS),
         r"hidden torch.float32 \(2, 3\), weight torch.float32 \(5, 4\)",
     ),
+    "no words": (lambda: cross_entropy(zeros(2, 0), IDS), "V=0 words to choose from"),
+    "no words in the head": (
+        lambda: linear_cross_entropy(zeros(2, 3), zeros(0, 3), IDS), "V=0 words",
+    ),
+    "targets elsewhere": (
+        lambda: cross_entropy(zeros(2, 5), IDS.to("meta")),
+        "targets on meta, logits on c.*move them",
+    ),
+    "a z-loss that is no number": (
+        lambda: cross_entropy(zeros(2, 5), IDS, z_loss=float("nan")), "z_loss=nan",
+    ),
+    "sums in whole numbers": (
+        lambda: linear_cross_entropy(
+            zeros(2, 3), zeros(5, 3), IDS, accumulate=torch.int64
+        ), "accumulate=torch.int64.*give torch.float32",
+    ),
+    "half a byte": (
+        lambda: linear_cross_entropy(zeros(2, 3), zeros(5, 3), IDS, chunk_bytes=0.5),
+        "chunk_bytes=0.5 is no number of bytes",
+    ),
     "a head of another dtype": (
         lambda: linear_cross_entropy(zeros(2, 3), zeros(5, 3).half(), IDS),
         "weight torch.float16",

@@ -367,3 +367,12 @@ def test_large_bfloat16_on_a_gpu(d: int):
     fast, slow = both(inputs, dtype=torch.float32)
     for ours, true in zip(fast, slow):
         assert (ours - true).norm() / true.norm() < 1e-2
+
+
+def test_a_second_derivative_is_refused():
+    if DEVICE == "cpu" and not interpreting():
+        pytest.skip("kernels need a GPU, or TRITON_INTERPRET=1")
+    q, k, v = (torch.randn(1, 5, 2, 16, device=DEVICE) for _ in "qkv")
+    y = flash_attention(q.requires_grad_(), k, v).sum()
+    with pytest.raises(RuntimeError, match="flash_attention: its gradient has no"):
+        torch.autograd.grad(y, q, create_graph=True)

@@ -101,6 +101,36 @@ def test_entries_behind_the_end_may_be_anything():
     got = flash_decode(q, k, v, None, ragged(1, 1, 11), table)
     true = flash_decode_reference(q, k, v, None, ragged(1, 1, 11), table[:, :2])
     assert_close(got, true, **CLOSE)
+    v[0, 4:] = torch.nan  # of the last page, what no token is yet
+    for decode in (flash_decode, flash_decode_reference):
+        y = decode(q, k, v, None, ragged(1, 1, 11), table)
+        assert_close(y, true, **CLOSE)
+
+
+def test_a_table_may_be_a_view():
+    q = draw(B=2)[0]
+    k, v = (torch.randn(12, 8, 2, 16, device=DEVICE) for _ in "kv")
+    table = torch.randperm(12, device=DEVICE).view(2, 6)
+    last = ragged(2, 1, 20, 9)
+    for view in (table[:, ::2], table.view(6, 2).T):
+        got = flash_decode(q, k, v, None, last, view)
+        want = flash_decode_reference(q, k, v, None, last, view.contiguous())
+        assert_close(got, want, **CLOSE)
+
+
+def test_more_heads_than_a_grid_is_wide(monkeypatch, splits: int):
+    inputs = draw(B=3, H=4, K=2)
+    expected = flash_decode(*inputs)
+    monkeypatch.setattr(file, "GRID", 4)  # of 6
+    assert_close(flash_decode(*inputs), expected)
+
+
+def test_a_gradient_is_refused():
+    q, k, v = draw()
+    with pytest.raises(ValueError, match="use flash_attention"):
+        flash_decode(q.requires_grad_(), k, v)
+    with torch.no_grad():
+        flash_decode(q, k, v)
 
 
 @pytest.mark.parametrize("H, K, d", [(1, 1, 8), (6, 2, 80), (8, 1, 96), (3, 3, 20)])
@@ -148,6 +178,8 @@ WRONG = {
         ends(2, 3) * 1.0,
     ),
     "last=None with pages": lambda *qkv: (*qkv, None, None, ends(2, 3)),
+    "pages .* of torch.bool": lambda *qkv: (*qkv, None, ends(2, 1), ends(2, 3) > 0),
+    "has no page": lambda q, k, v: (q, k[:0], v[:0], None, ends(2, 1), ends(2, 3)),
     "pages on meta": lambda *qkv: (*qkv, None, ends(2, 1), ends(2, 3).to("meta")),
     "dtype=torch.int64": lambda *qkv: [x.long() for x in qkv],
 }

@@ -196,10 +196,11 @@ def test_nothing_in_is_nothing_out(name):
 
 def strided(x: Tensor) -> Tensor:
     """The same numbers at every other place of twice the memory, and transposed."""
-    if not x.is_floating_point() or x.dim() < 2:
-        return x
-    wide = x.new_full((*x.shape[:-1], 2 * x.size(-1)), float("nan"))
+    filler = float("nan") if x.is_floating_point() else 0  # targets, too
+    wide = x.new_full((*x.shape[:-1], 2 * x.size(-1)), filler)
     wide[..., ::2] = x
+    if x.dim() < 2:
+        return wide[::2]
     return wide.transpose(0, 1).contiguous().transpose(0, 1)[..., ::2]
 
 
@@ -211,7 +212,7 @@ def test_memory_may_lie_in_any_order(name):
     leaves = [x.requires_grad_() if x.is_floating_point() else x for x in inputs[:n]]
     trained = [x for x in leaves if x.is_floating_point()]
     for change in (strided, torch.clone):
-        views = [change(x) if x.is_floating_point() else x for x in leaves]
+        views = [change(x) for x in leaves]
         out = op.fast(*views, *inputs[n:])
         out = out if isinstance(out, tuple) else (out,)
         dy = [torch.ones_like(y) for y in out]
@@ -308,3 +309,60 @@ def test_queries_may_be_turned_alone():
 def test_the_interpreter_was_asked_for():
     """Else every test above would have compared a reference with itself."""
     assert DEVICE == "cuda" or os.environ["TRITON_INTERPRET"] == "1"
+
+
+def test_targets_may_be_one_number_for_all():
+    x, targets = 3 * randn(5, 11), torch.tensor([3], device=DEVICE).expand(5)
+    expected = cross_entropy_reference(x, targets)
+    assert_close(cross_entropy(x.clone(), targets), expected)
+    h, w = randn(5, 4), randn(11, 4)
+    expected = linear_cross_entropy_reference(h, w, targets)
+    assert_close(linear_cross_entropy(h, w, targets), expected)
+
+
+def test_one_row_of_logits_has_a_loss():
+    for dtype in (torch.float32, torch.float64):  # the kernel, and the reference
+        x, target = randn(8).to(dtype), torch.tensor(3, device=DEVICE)
+        want = -x.log_softmax(-1)[3]
+        assert_close(cross_entropy(x.clone(), target).to(dtype), want)
+        eye = torch.eye(8, device=DEVICE, dtype=dtype)
+        assert_close(linear_cross_entropy(x, eye, target).to(dtype), want)
+
+
+def test_rows_of_no_width_and_no_heads_are_empty():
+    assert rms_norm(randn(2, 0), randn(0)).shape == (2, 0)
+    assert [y.shape for y in add_rms_norm(randn(2, 0), randn(2, 0), randn(0))] == (
+        [(2, 0)] * 2
+    )
+    _, k, cos, sin = heads(1, 3, 1, 2, 8)
+    none, turned = rope(randn(1, 3, 0, 8), k, cos, sin)
+    assert none.shape == (1, 3, 0, 8)
+    assert_close(turned, Rotation(cos, sin).turn(k))
+
+
+def test_angles_that_learn_get_their_gradient():
+    q, k, cos, sin = heads(2, 3, 2, 1, 6)
+    angles = [cos.clone().requires_grad_(), sin.clone().requires_grad_()]
+    dy = torch.randn_like(q)
+    got = torch.autograd.grad(rope(q, k, *angles)[0], angles, dy)
+    expected = torch.autograd.grad(rope_reference(q, k, *angles)[0], angles, dy)
+    for x, y in zip(got, expected, strict=True):
+        assert_close(x, y)
+    launches.clear()
+    with torch.no_grad():
+        rope(q, k, *angles)
+    assert launches
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_second_derivative_is_refused(name):
+    op = OPS[name]
+    inputs = op.inputs(*op.shapes[0 if "long" in name else 1])
+    n = 2 if name == "rope" else len(inputs)
+    leaves = [x.requires_grad_() if x.is_floating_point() else x for x in inputs[:n]]
+    trained = [x for x in leaves if x.is_floating_point()]
+    copies = [x.clone() if x.is_floating_point() else x for x in leaves]
+    out = op.fast(*copies, *inputs[n:])
+    total = torch.stack([y.sum() for y in (out if isinstance(out, tuple) else (out,))])
+    with pytest.raises(RuntimeError, match=r"has no derivative in turn.*_reference"):
+        torch.autograd.grad(total.sum(), trained, create_graph=True)

@@ -16,9 +16,11 @@ from minllama.architecture.dropout import add_dropout
 from minllama.architecture.kernels import HAS_TRITON, interpreting, launches
 from minllama.architecture.layout import packed
 from minllama.architecture.model import Block, FeedForward, MinimalLlama, RMSNorm
+from minllama.architecture.rope import Rope, Rotation
 from minllama.architecture.surgery import replace_modules
 from minllama.architecture.train import next_token_loss
 from minllama.fast_ops import fast_loss, fast_ops_report, rewrite, use_fast_ops
+from minllama.fast_ops.flash_core import FlashCore
 from tests.conftest import DEVICE, make_model, random_tokens, tiny_config, widen
 
 pytestmark = pytest.mark.skipif(
@@ -284,3 +286,58 @@ def test_a_model_without_anything_to_fuse_is_refused():
 def test_an_unknown_preference_is_refused():
     with pytest.raises(ValueError, match="prefer='slow'"):
         use_fast_ops(make_model("llama"), prefer="slow")  # type: ignore[arg-type]
+
+
+def test_once_more_changes_the_preference():
+    model = use_fast_ops(use_fast_ops(make_model("llama")), prefer="triton")
+    assert {m.prefer for m in model.modules() if isinstance(m, FlashCore)} == {"triton"}
+
+
+class Capped(MinimalLlama):
+    """Logits within -5 .. 5."""
+
+    def forward(self, tokens, *args, **kwargs):
+        return 5 * torch.tanh(super().forward(tokens, *args, **kwargs) / 5)
+
+
+def test_the_loss_is_that_of_the_models_own_forward():
+    model = use_fast_ops(Capped(tiny_config()).to(DEVICE))
+    batch = make_batch()
+    assert_close(fast_loss(model, batch), next_token_loss(model, batch))
+
+
+@pytest.mark.parametrize("how", ["forward", "backward hook", "backward pre-hook"])
+def test_who_watches_the_head_is_asked(how):
+    model, batch = use_fast_ops(make_model("llama")), make_batch()
+    head = model.lm_head
+    if how == "forward":
+        head.forward = lambda x: 3 * torch.tanh(x @ head.weight.T)
+        assert_close(fast_loss(model, batch), next_token_loss(model, batch))
+        return
+    seen = []
+    register = {
+        "backward hook": head.register_full_backward_hook,
+        "backward pre-hook": head.register_full_backward_pre_hook,
+    }[how]
+    register(lambda *args: seen.append(how))
+    fast_loss(model, batch).backward()
+    assert seen == [how]
+
+
+def test_a_rope_that_learns_goes_on_learning():
+    class Learned(Rope):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.stretch = nn.Parameter(torch.ones(()))
+
+        def forward(self, positions):
+            cos, sin = super().forward(positions)
+            return Rotation(cos * self.stretch, sin * self.stretch)
+
+    model = make_model("llama")
+    d = model.config.head_dim
+    replace_modules(model, lambda _, m: type(m) is Rope, lambda _: Learned(d, 100.0))
+    model = use_fast_ops(model.to(DEVICE))
+    fast_loss(model, make_batch()).backward()
+    learned = [m for m in model.modules() if isinstance(m, Learned)]
+    assert learned and all(m.stretch.grad.abs() > 0 for m in learned)
