@@ -11,11 +11,13 @@ The interpreter computes bfloat16 wrongly, in silence: load to float32 at once, 
 upcast what goes into `tl.dot` if UPCAST.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +53,25 @@ try:
 except ImportError:
     triton, tl = _Missing(), _Missing()  # type: ignore[assignment]
     HAS_TRITON = _INTERPRET = False
+
+
+def interpreter_problem(triton_version: str, numpy_version: str) -> str | None:
+    """What a reader must install before a loop runs in the interpreter, if anything."""
+    old, new = (
+        tuple(int(part) for part in version.split(".")[:2])
+        for version in (triton_version, numpy_version)
+    )
+    if old >= (3, 7) or new < (2, 4):
+        return None
+    return (
+        f"Triton {triton_version} cannot interpret loops beside NumPy {numpy_version} "
+        "(only 0-dimensional arrays can be converted to Python scalars): "
+        "pip install 'numpy<2.4', or a Triton from 3.7 on."
+    )
+
+
+if _INTERPRET and (problem := interpreter_problem(triton.__version__, np.__version__)):
+    warnings.warn(problem, RuntimeWarning, stacklevel=2)
 
 UPCAST = tl.constexpr(_INTERPRET)  # in kernels: `if UPCAST: a = a.to(tl.float32)`
 

@@ -14,6 +14,7 @@ from minllama.architecture.kernels import (
     HAS_TRITON,
     UPCAST,
     cdiv,
+    interpreter_problem,
     interpreting,
     kernel_name,
     launch,
@@ -73,6 +74,15 @@ def test_a_dot_of_bfloat16_is_right_when_upcast():
     c = torch.empty(16, 16, device=DEVICE)
     launch(_product, (1,), a, b, c, N=16)
     torch.testing.assert_close(c, a.float() @ b.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("its", "numpys", "bad"),
+    [("3.6.0", "2.4.6", True), ("3.6.0", "2.3.5", False), ("3.7.1", "2.4.6", False)],
+)
+def test_an_interpreter_that_cannot_loop_says_what_to_install(its, numpys, bad):
+    problem = interpreter_problem(its, numpys)
+    assert bad == (problem is not None and "pip install 'numpy<2.4'" in problem)
 
 
 def test_a_kernel_has_the_name_of_its_function():
