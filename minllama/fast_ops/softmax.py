@@ -128,8 +128,8 @@ def sizes(N: int, most: int = 32) -> dict[str, int]:
 def online_sizes(x: Tensor) -> dict[str, int]:
     """Lanes, values that each takes in a step, and warps.
 
-    The best of those measured on an H200, rows of 20,000 to 128,256. Beyond 192 KiB it
-    was fewer and larger programs, whose rows fit into the cache together.
+    The best of those measured on an H200, for rows of 20,000 to 128,256. Beyond 192 KiB
+    these are fewer and larger programs, whose rows fit into the cache together.
     """
     long = x.size(-1) * x.element_size() > 3 * 2**16
     warps = 16 if long or x.element_size() > 2 else 8
