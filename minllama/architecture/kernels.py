@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+GRID = 65535  # programs at most along a grid's second and third dimension
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -164,6 +165,12 @@ def kernel_name(kernel: Any) -> str:
 def cdiv(n: int, size: int) -> int:
     """Blocks of `size` that hold n."""
     return -(-n // size)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., D) -> (rows, D) with neighbours in memory side by side, copied if not."""
+    x = x.reshape(x.numel() // max(x.size(-1), 1), x.size(-1))
+    return x if x.stride(1) == 1 or x.size(1) == 1 else x.contiguous()
 
 
 def next_power_of_2(n: int) -> int:

@@ -150,7 +150,7 @@ def gpu_name(device: torch.device) -> str:
 
 def tuned_file(gpu: str) -> Path:
     """Where the sizes for this GPU are kept."""
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(folder) / "minllama" / "tuned" / (gpu.replace("/", " ") + ".json")
 
 
@@ -158,15 +158,19 @@ def tuned_file(gpu: str) -> Path:
 def kept(gpu: str) -> dict[Name, Sizes]:
     """What was found on this GPU, by name; read once in a process.
 
+    Nothing, where there is no file, no home or no right to look.
+
     Raises:
         ValueError: the file is not what `keep` writes.
     """
     path = tuned_file(gpu)
-    if not gpu or not path.exists():
+    try:
+        text = path.read_text() if gpu else "{}"
+    except OSError:
         return {}
     try:
         found: dict[Name, Sizes] = {}
-        for line, sizes in json.loads(path.read_text()).items():
+        for line, sizes in json.loads(text).items():
             kernel, *key = line.split()
             found[(kernel, *map(int, key))] = {n: int(s) for n, s in sizes.items()}
             if not all(size > 0 for size in sizes.values()):

@@ -248,24 +248,25 @@ def restorer(case: Case) -> Callable[[], None]:
     return restore
 
 
-def tune_case(case: Case) -> list[str]:
-    """Other sizes of this operator's blocks: a line for each, the best ones kept."""
+def tune_case(case: Case) -> list[dict]:
+    """Times of other sizes of this operator's blocks, as `tune` has them."""
     device, restore = case.inputs[0].device, restorer(case)
 
     def time(run: Callable[[], object]) -> float:
         return seconds(run, device, 10, case.captured, restore)
 
-    rows = tune(list(case.runs(case.fast).values()), time)
-    lines = []
-    for row in rows:
-        sizes = " ".join(f"{name}={size}" for name, size in row["sizes"].items())
-        notes = [note for note in ("written", "best") if row[note]]
-        name, us = " ".join(map(str, row["name"])), row["seconds"] * 1e6
-        shown = f"{us:9.1f} us" if us < float("inf") else "does not run"
-        lines.append(f"{name}: {sizes:50} {shown} {', '.join(notes)}".rstrip())
-    if gpu_name(device):
-        lines.append(f"kept in {keep(rows, gpu_name(device))}")
-    return lines
+    return tune(list(case.runs(case.fast).values()), time)
+
+
+def tried(row: dict) -> dict[str, str]:
+    """A row of `tune_case`, in words."""
+    us = row["seconds"] * 1e6
+    return {
+        "kernel": " ".join(map(str, row["name"])),
+        "sizes": " ".join(f"{name}={size}" for name, size in row["sizes"].items()),
+        "us": f"{us:.1f}" if us < float("inf") else "does not run",
+        "notes": ", ".join(note for note in ("written", "best") if row[note]),
+    }
 
 
 def find_limit(unit: str, device: str, dtype: torch.dtype) -> float:
@@ -320,7 +321,11 @@ def main() -> None:
         make, full, small = cases[name]
         case = make(*(small if options.small else full), device=device, dtype=dtype)
         if options.tune:
-            print("\n".join(tune_case(case)))
+            rows = tune_case(case)
+            for row in map(tried, rows):
+                print("{kernel}: {sizes:50} {us:>9} us {notes}".format(**row).rstrip())
+            if gpu_name(case.inputs[0].device):
+                print(f"kept in {keep(rows, gpu_name(case.inputs[0].device))}")
             continue
         if case.unit not in limits:
             limits[case.unit] = find_limit(case.unit, device, dtype)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minllama.architecture.kernels import (
+    GRID,
     UPCAST,
     cdiv,
     launch,
@@ -44,7 +45,6 @@ from minllama.fast_ops.flash_attention_tiles import (
     side_by_side,
 )
 
-GRID = 65535  # programs at most along a grid's second and third dimension
 MAX_ROWS = 128  # new tokens times query heads that share a key head: one tile
 
 
@@ -242,16 +242,12 @@ def gather_pages(x: Tensor, pages: Tensor) -> Tensor:
     return x[pages.long()].flatten(1, 2)
 
 
-def _laid_out(
-    k: Tensor, v: Tensor, pages: Tensor, last: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Pages side by side, as far as `last` says: what lies behind is not read."""
-    end = last.amax(1, keepdim=True) + 1  # (B or 1, 1)
-    page = torch.arange(pages.size(1), device=k.device) * k.size(1)
-    pages = pages.where(page < end, 0)
-    key = torch.arange(pages.size(1) * k.size(1), device=k.device)
-    unseen = (key >= end)[..., None, None]
-    return gather_pages(k, pages), gather_pages(v, pages).masked_fill(unseen, 0)
+def _behind(last: Tensor | None, n: int, size: int) -> Tensor | None:
+    """Which of n things of `size` keys each begin behind the last key. (B or 1, n)."""
+    if last is None or last.numel() == 0:
+        return None
+    begin = torch.arange(n, device=last.device) * size
+    return begin > last.amax(1, keepdim=True)
 
 
 def flash_decode_reference(
@@ -259,10 +255,17 @@ def flash_decode_reference(
     first: Tensor | None = None, last: Tensor | None = None,
     pages: Tensor | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """The definition: pages laid side by side, then all scores."""
+    """The definition: pages laid side by side, then all scores.
+
+    What lies behind `last` is not read, neither pages nor values, as in the kernel.
+    """
     if pages is not None:
-        assert last is not None
-        k, v = _laid_out(k, v, pages, last)
+        behind = _behind(last, pages.size(1), k.size(1))
+        pages = pages if behind is None else pages.masked_fill(behind, 0)
+        k, v = gather_pages(k, pages), gather_pages(v, pages)
+    behind = _behind(last, v.size(1), 1)
+    if behind is not None:
+        v = v.masked_fill(behind[..., None, None], 0)  # there 0 times NaN is 0
     return flash_attention_reference(q, k, v, first, last, scale)
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from minllama.architecture.kernels import (
+    as_rows,
     cdiv,
     first_derivative_only,
     launch,
@@ -138,12 +139,6 @@ def backward_sizes(D: int, value_bytes: int) -> dict[str, int]:
     return {**common, "PROGRAMS": max(1, HELD // held), "STAGES": 1 + ahead}
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(..., D) -> (rows, D) with neighbours in memory side by side, copied if not."""
-    x = x.reshape(x.numel() // max(x.size(-1), 1), x.size(-1))
-    return x if x.stride(1) == 1 or x.size(1) == 1 else x.contiguous()
-
-
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -151,8 +146,8 @@ def _forward(
     dtype = x.dtype if residual is None else _sum_dtype(x, residual)
     y = x.new_empty(x.shape, dtype=dtype)
     total = y if residual is None else torch.empty_like(y)
-    x2 = _rows(x)
-    r2 = x2 if residual is None else _rows(residual)
+    x2 = as_rows(x)
+    r2 = x2 if residual is None else as_rows(residual)
     block, adds = next_power_of_2(D), residual is not None
     key = (block, x.element_size(), adds)
     meta = tuned(_rms_norm_forward, key, x.device, sizes(D))
@@ -168,8 +163,8 @@ def _backward(
     dy: Tensor, ds: Tensor | None, x: Tensor, weight: Tensor, eps: float, need_dw: bool
 ) -> tuple[Tensor, Tensor]:
     D, dx = x.size(-1), x.new_empty(x.shape)
-    x2, dy2 = _rows(x), _rows(dy)
-    ds2 = dy2 if ds is None else _rows(ds)
+    x2, dy2 = as_rows(x), as_rows(dy)
+    ds2 = dy2 if ds is None else as_rows(ds)
     block, value_bytes = next_power_of_2(D), x.element_size() * (2 if ds is None else 3)
     meta = tuned(
         _rms_norm_backward, (block, value_bytes), x.device,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minllama.architecture.kernels import (
+    GRID,
     cdiv,
     first_derivative_only,
     launch,
@@ -34,7 +35,6 @@ from minllama.architecture.tuning import tuned
 # 1 % of a copy better at d = 64, 5 % at d = 128. Angles are read again for each row and
 # part, hence "evict_last".
 SIZES = {"HALF_BYTES": 32 * 16, "num_warps": 1}
-GRID = 65535  # programs at most along a grid's second and third dimension
 
 
 def rope_reference(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from minllama.architecture.kernels import (
+    as_rows,
     cdiv,
     first_derivative_only,
     launch,
@@ -136,15 +137,10 @@ def online_sizes(x: Tensor) -> dict[str, int]:
     return {"LANES": 4096 if long else 2048, "EACH": 8, "num_warps": warps}
 
 
-def _rows(x: Tensor) -> Tensor:
-    x = x.reshape(-1, x.size(-1))
-    return x if x.stride(1) == 1 or x.size(1) == 1 else x.contiguous()
-
-
 @operator(fake=lambda x: x.new_empty(x.shape))
 def softmax_forward(x: Tensor) -> Tensor:
     """Softmax over the last dimension."""
-    y, N, x2 = x.new_empty(x.shape), x.size(-1), _rows(x)
+    y, N, x2 = x.new_empty(x.shape), x.size(-1), as_rows(x)
     rows, block = x2.size(0), next_power_of_2(N)
     key = (block, x.element_size())
     if N > FORWARD:
@@ -162,7 +158,7 @@ def softmax_forward(x: Tensor) -> Tensor:
 @operator(fake=lambda dy, y: y.new_empty(y.shape))
 def softmax_backward(dy: Tensor, y: Tensor) -> Tensor:
     """Gradient of the input, from the contiguous output and its gradient."""
-    dx, N, dy2 = y.new_empty(y.shape), y.size(-1), _rows(dy)
+    dx, N, dy2 = y.new_empty(y.shape), y.size(-1), as_rows(dy)
     y = y.contiguous()
     rows, block = dy2.size(0), next_power_of_2(N)
     key = (block, y.element_size())

@@ -175,3 +175,22 @@ def test_the_file_is_for_eyes(gpu):
     work = Work(towards(256, 4))
     path = keep(tune([work], work.seconds), gpu)
     assert json.loads(path.read_text()) == {"kernel 8": {"BLOCK": 256, "num_warps": 4}}
+
+
+def test_a_machine_without_a_home_has_nothing_kept(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # no account either
+    kept.cache_clear()
+    assert kept("Some GPU") == {}
+
+
+def test_a_home_that_may_not_be_read_has_nothing_kept(gpu, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    assert kept(gpu) == {}
+    work = Work(towards(64, 4))
+    work()
+    assert work.sizes == WRITTEN

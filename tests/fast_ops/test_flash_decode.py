@@ -107,6 +107,24 @@ def test_entries_behind_the_end_may_be_anything():
         assert_close(y, true, **CLOSE)
 
 
+def test_what_the_cache_holds_behind_the_end_may_be_no_number():
+    q, k, v = draw(S=20)
+    last = ragged(2, 1, 4, 11)
+    want = flash_decode_reference(q, k, v, None, last)
+    for x in (k, v):
+        x[0, 12:], x[1, 12:] = torch.nan, torch.inf
+    for decode in (flash_decode, flash_decode_reference):
+        assert_close(decode(q, k, v, None, last), want, **CLOSE)
+
+
+def test_the_reference_takes_whole_pages():
+    q = draw(B=1)[0]
+    k, v = (torch.randn(3, 8, 2, 16, device=DEVICE) for _ in "kv")
+    table = torch.tensor([[2, 0, 1]], device=DEVICE)
+    got = flash_decode_reference(q, k, v, pages=table)
+    assert_close(got, flash_decode(q, gather_pages(k, table), gather_pages(v, table)))
+
+
 def test_a_table_may_be_a_view():
     q = draw(B=2)[0]
     k, v = (torch.randn(12, 8, 2, 16, device=DEVICE) for _ in "kv")
